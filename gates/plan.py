@@ -1,0 +1,171 @@
+"""The routing plan: which expert sees which token, with what weight.
+
+A plan is CSR by token, so fixed k, variable k, expert choice, dense probing and dropped tokens are one type.
+
+Shape suffixes: T tokens, E experts, N chosen (token, expert) pairs, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class PlanKind(Enum):
+    """What a dispatcher may assume beyond the CSR arrays, which are valid for every kind."""
+
+    SPARSE = "sparse"
+    DENSE = "dense"  # every token goes to every expert, N = T * E, experts in index order
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Chosen (token, expert) pairs in canonical order: by token, then by rank within the token.
+
+    Attributes:
+        row_ptr_T1: (T + 1,) int64; token t owns pairs ``row_ptr[t]:row_ptr[t + 1]``.
+        expert_N: (N,) int64 expert index of each pair; no expert twice in one row.
+        weight_N: (N,) fp32, differentiable combine weight of each pair.
+        num_experts: E.
+        load_E: (E,) int64 kept pairs of each expert on this rank; equals ``bincount(expert_N)``.
+        offered_E: (E,) int64 pairs of each expert before capacity dropped any.
+        uniform_k: K when every row has exactly K pairs, else None.
+        residual_T: (T,) fp32 weight of the identity path (y += residual * x), or None for no such path.
+        kind: see :class:`PlanKind`.
+    """
+
+    row_ptr_T1: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+    num_experts: int
+    load_E: Tensor
+    offered_E: Tensor
+    uniform_k: int | None = None
+    residual_T: Tensor | None = None
+    kind: PlanKind = PlanKind.SPARSE
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_ptr_T1.numel() - 1
+
+    @property
+    def num_pairs(self) -> int:
+        return self.expert_N.numel()
+
+    @property
+    def dropped(self) -> Tensor:
+        """0-d int64: pairs that capacity dropped."""
+        return (self.offered_E - self.load_E).sum()
+
+    def token_N(self) -> Tensor:
+        """(N,) int64 token index of each pair."""
+        token_T = torch.arange(self.num_tokens, device=self.row_ptr_T1.device)
+        if self.uniform_k is not None:
+            return token_T.repeat_interleave(self.uniform_k)
+        return token_T.repeat_interleave(self.row_ptr_T1.diff(), output_size=self.num_pairs)
+
+    def expert_order_N(self) -> Tensor:
+        """(N,) int64 stable permutation that sorts the pairs by expert, tokens ascending within an expert."""
+        return torch.argsort(self.expert_N, stable=True)
+
+    def dense_weight_TE(self) -> Tensor:
+        """(T, E) weights with zeros where a token does not visit an expert. For tests and analysis, not for speed."""
+        weight_TE = self.weight_N.new_zeros(self.num_tokens, self.num_experts)
+        return weight_TE.index_put((self.token_N(), self.expert_N), self.weight_N)
+
+    def detach(self) -> RoutingPlan:
+        """The same plan without autograd history: what a replay (recompute, second pass) keeps."""
+        residual_T = None if self.residual_T is None else self.residual_T.detach()
+        return replace(self, weight_N=self.weight_N.detach(), residual_T=residual_T)
+
+    def with_weight(self, weight_N: Tensor) -> RoutingPlan:
+        """The same selection with other weights."""
+        if weight_N.shape != self.expert_N.shape:
+            raise ValueError(f"weight_N has shape {tuple(weight_N.shape)}, the plan has {self.num_pairs} pairs")
+        return replace(self, weight_N=weight_N)
+
+    @staticmethod
+    def from_topk(
+        expert_TK: Tensor, weight_TK: Tensor, num_experts: int, valid_T: Tensor | None = None
+    ) -> RoutingPlan:
+        """Plan with K pairs for every valid token and none for padding.
+
+        Args:
+            expert_TK: (T, K) int64, distinct within a row.
+            weight_TK: (T, K) differentiable weights.
+            num_experts: E.
+            valid_T: (T,) bool, False for padding; None means all valid.
+        """
+        num_tokens, k = expert_TK.shape
+        if valid_T is not None and bool(valid_T.all()):
+            valid_T = None
+        if valid_T is None:
+            row_ptr_T1 = torch.arange(num_tokens + 1, device=expert_TK.device) * k
+            expert_N, weight_N = expert_TK.reshape(-1), weight_TK.reshape(-1)
+        else:
+            row_ptr_T1 = torch.zeros(num_tokens + 1, dtype=torch.int64, device=expert_TK.device)
+            row_ptr_T1[1:] = torch.cumsum(valid_T.long() * k, 0)
+            expert_N, weight_N = expert_TK[valid_T].reshape(-1), weight_TK[valid_T].reshape(-1)
+        load_E = torch.bincount(expert_N, minlength=num_experts)
+        return RoutingPlan(
+            row_ptr_T1, expert_N, weight_N.float(), num_experts, load_E, load_E, k if valid_T is None else None
+        )
+
+    @staticmethod
+    def from_mask(mask_TE: Tensor, weight_TE: Tensor, offered_E: Tensor | None = None) -> RoutingPlan:
+        """Plan with any number of experts per token; pairs of a row stand in expert order.
+
+        Args:
+            mask_TE: (T, E) bool, True where the token visits the expert.
+            weight_TE: (T, E) differentiable weights, read where the mask is True.
+            offered_E: (E,) int64 load before drops; None when nothing was dropped.
+        """
+        num_tokens, num_experts = mask_TE.shape
+        row_ptr_T1 = torch.zeros(num_tokens + 1, dtype=torch.int64, device=mask_TE.device)
+        row_ptr_T1[1:] = torch.cumsum(mask_TE.sum(1), 0)
+        token_N, expert_N = mask_TE.nonzero(as_tuple=True)
+        weight_N = weight_TE[token_N, expert_N].float()
+        load_E = torch.bincount(expert_N, minlength=num_experts)
+        dense = num_tokens > 0 and expert_N.numel() == num_tokens * num_experts
+        return RoutingPlan(
+            row_ptr_T1,
+            expert_N,
+            weight_N,
+            num_experts,
+            load_E,
+            load_E if offered_E is None else offered_E,
+            num_experts if dense else None,
+            kind=PlanKind.DENSE if dense else PlanKind.SPARSE,
+        )
+
+
+def keep_pairs(plan: RoutingPlan, keep_N: Tensor) -> RoutingPlan:
+    """Drop the pairs where ``keep_N`` (N,) bool is False; ``offered_E`` still counts them."""
+    kept_before_N1 = torch.zeros(plan.num_pairs + 1, dtype=torch.int64, device=keep_N.device)
+    kept_before_N1[1:] = torch.cumsum(keep_N.long(), 0)
+    expert_N = plan.expert_N[keep_N]
+    nothing_dropped = expert_N.numel() == plan.num_pairs
+    return replace(
+        plan,
+        row_ptr_T1=kept_before_N1[plan.row_ptr_T1],
+        expert_N=expert_N,
+        weight_N=plan.weight_N[keep_N],
+        load_E=torch.bincount(expert_N, minlength=plan.num_experts),
+        uniform_k=plan.uniform_k if nothing_dropped else None,
+        kind=plan.kind if nothing_dropped else PlanKind.SPARSE,
+    )
+
+
+def apply_permutation(plan: RoutingPlan, expert_of_E: Tensor) -> RoutingPlan:
+    """Relabel experts: what went to e goes to ``expert_of_E[e]``. The inverse permutation undoes it.
+
+    Args:
+        expert_of_E: (E,) int64 permutation of 0..E-1.
+    """
+    load_E, offered_E = torch.empty_like(plan.load_E), torch.empty_like(plan.offered_E)
+    load_E[expert_of_E] = plan.load_E
+    offered_E[expert_of_E] = plan.offered_E
+    return replace(plan, expert_N=expert_of_E[plan.expert_N], load_E=load_E, offered_E=offered_E)

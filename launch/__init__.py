@@ -1,0 +1,1 @@
+"""Programs: training, the command line, data preparation and reports."""

@@ -1,0 +1,1 @@
+"""Observers of a training run, one small stateful file each."""

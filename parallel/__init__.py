@@ -1,0 +1,1 @@
+"""Data and expert parallelism: the only package besides launch/ that uses torch.distributed."""

@@ -1,0 +1,1 @@
+"""Serving a trained model over an OpenAI-compatible HTTP interface."""
