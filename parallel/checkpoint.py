@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe.errors import CheckpointError
@@ -33,6 +34,8 @@ FORMAT = "moeyard-checkpoint"
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 LATEST_FILE = "latest"
+DCP_ERRORS = (Exception, CheckpointException)
+"""What a failing save or load raises; DCP's own exception is no subclass of Exception."""
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -50,13 +53,16 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     tensors: dict[str, Tensor] = {}
 
     def add(root: str, name: str, suffix: str, tensor: Tensor) -> None:
-        if name in stacked and tensor.dim() > 0:
-            owner, _, leaf = name.rpartition(".")
-            short = leaf.rsplit("_", 1)[0]  # w_gate_EDF -> w_gate: one expert's tensor has no E
+        if name not in stacked:
+            tensors[f"{root}.{name}{suffix}"] = tensor
+            return
+        owner, _, leaf = name.rpartition(".")
+        short = leaf.rsplit("_", 1)[0]  # w_gate_EDF -> w_gate: one expert's tensor has no E
+        if tensor.dim() == 0:
+            tensors[f"{root}.{owner}.{short}{suffix}"] = tensor
+        else:
             for expert in range(tensor.shape[0]):
                 tensors[f"{root}.{owner}.{expert}.{short}{suffix}"] = tensor[expert]
-        else:
-            tensors[f"{root}.{name}{suffix}"] = tensor
 
     for name, tensor in model.state_dict().items():
         add("model", name, "", tensor)
@@ -142,17 +148,17 @@ class CheckpointWriter:
         if final.is_dir():
             return  # only complete checkpoints have this name; the same step of the same run holds the same values
         partial = final.with_name(final.name + ".partial")
-        single = self.topology.world_size == 1
+        group = self.topology.checkpoint_group
         try:
             dcp.save(
                 tensors,
                 storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
-                process_group=None if single else self.topology.checkpoint_group,
-                no_dist=single,
+                process_group=group,
+                no_dist=group is None,
             )
             if self.topology.is_first:
                 self._publish(step, partial, final, values)
-        except Exception as error:
+        except DCP_ERRORS as error:
             if self.topology.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -242,7 +248,7 @@ def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Top
     """
     try:
         stored = FileSystemReader(info.path).read_metadata().state_dict_metadata
-    except Exception as error:
+    except DCP_ERRORS as error:
         raise CheckpointError(
             f"checkpoint {info.path} is damaged: its metadata does not decode ({error})" + _offer_previous(info.path)
         ) from error
@@ -262,15 +268,14 @@ def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Top
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"checkpoint {info.path} has another structure than this run:\n  {shown}")
-    single = topology.world_size == 1
     try:
         dcp.load(
             tensors,
             storage_reader=FileSystemReader(info.path),
-            process_group=None if single else topology.checkpoint_group,
-            no_dist=single,
+            process_group=topology.checkpoint_group,
+            no_dist=topology.checkpoint_group is None,
         )
-    except Exception as error:
+    except DCP_ERRORS as error:
         raise CheckpointError(
             f"checkpoint {info.path} is damaged: {_root_cause(error)}" + _offer_previous(info.path)
         ) from error
