@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         code = 1
         try:
             code = trainer.run()
-            if code == 0 and topology.is_first:
+            if trainer.step == config.train.steps and topology.is_first:
                 where = export_model(model, data.tokenizer, config, trainer.step, run_dir / "model")
                 for callback in callbacks:
                     callback.on_message(f"model exported to {where}; serve it with: moeyard serve {run_dir}")

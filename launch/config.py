@@ -63,6 +63,7 @@ class OptimConfig(Section):
 
 class TrainSection(Section):
     steps: int = Field(500, ge=1, description="optimizer steps")
+    stop_after: int | None = Field(None, ge=1, description="save and stop after this step of the same schedule")
     seq_len: int = Field(256, ge=2, description="tokens per sequence")
     global_batch: int = Field(16, ge=1, description="sequences per optimizer step over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="sequences per forward pass; null: no accumulation")

@@ -95,7 +95,9 @@ class Trainer:
             self._tell(lambda callback: callback.on_step(self.step))
             last = self.step == config.train.steps
             if stats.stop and not last:
-                return self._stop()
+                return self._stop("interrupted", INTERRUPTED)
+            if self.step == config.train.stop_after and not last:
+                return self._stop("train.stop_after", 0)
             if _due(self.step, config.track.log_interval) or last:
                 with self.timer.phase("log"):
                     self._log()
@@ -256,12 +258,13 @@ class Trainer:
             message = f"warning: {error}; training goes on"
             self._tell(lambda callback: callback.on_message(message))
 
-    def _stop(self) -> int:
+    def _stop(self, why: str, exit_code: int) -> int:
+        """Save and end before the last step."""
         self._checkpoint(must_succeed=True)
         self.writer.close()
-        message = f"interrupted: step {self.step} of {self.config.train.steps} is saved"
+        message = f"{why}: step {self.step} of {self.config.train.steps} is saved"
         self._tell(lambda callback: callback.on_message(message))
-        return INTERRUPTED
+        return exit_code
 
     def _fail_on_nan(self, stats: StepStats) -> None:
         """Say what went bad first, on the lowest rank that can tell, and stop every rank."""
