@@ -51,7 +51,7 @@ class GateConfig(BaseModel):
     A field called ``<aux>_coef`` is the weight of the auxiliary loss ``<aux>`` that the gate returns.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 
@@ -87,7 +87,8 @@ class GateInput:
         reduce_load: sums an integer load over all data-parallel ranks; None on one rank. For global-batch losses.
         step: optimizer step, 0-based.
         mode: see :class:`Mode`.
-        rng: the only source of randomness; None means no noise even in training.
+        rng: the only source of randomness; None means no noise even in training. A replay needs it in the state that
+            it had before the first pass, because noise is part of the weights too.
     """
 
     x_TD: Tensor
@@ -109,7 +110,8 @@ class GateOutput:
 
     Attributes:
         plan: who goes where.
-        aux: unweighted 0-d losses by name, with gradients; "balance" is 1 at perfect balance.
+        aux: unweighted 0-d losses by name, with gradients; "balance" is 1 at perfect balance. A loss whose coefficient
+            is 0 may be left out, and PREFILL and DECODE return none.
         metrics: detached 0-d diagnostics by name (entropy, experts_per_token, max_vio, dropped_frac, ...).
         logits_TE: (T, E) raw fp32 scores, or None for gates that have none.
     """
@@ -142,6 +144,9 @@ class Gate(nn.Module, ABC):
         self.dim = dim
         self.num_experts = num_experts
 
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Give the parameters their initial values, drawn from ``generator`` (None: torch's global one)."""
+
     @property
     def max_k(self) -> int | None:
         """Most experts that one token can have, or None when there is no bound below E."""
@@ -151,10 +156,10 @@ class Gate(nn.Module, ABC):
     def forward(self, inp: GateInput) -> GateOutput:
         """Route ``inp``. With ``inp.replay`` the selection is that plan's and only weights are computed."""
 
-    def begin_step(self, step: int) -> None:  # noqa: B027  (a gate without schedules has nothing to do)
+    def begin_step(self, step: int) -> None:
         """Move schedules (temperature, thresholds) to ``step``: a pure function of the step."""
 
-    def end_step(self, load_E: Tensor, metrics: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def end_step(self, load_E: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Move controllers once per optimizer step.
 
         Args:
@@ -169,8 +174,11 @@ class Gate(nn.Module, ABC):
 
 def check_finite(logits_TE: Tensor, gate_name: str) -> None:
     """Raise :class:`GateNumericsError` when a score is NaN or infinite."""
-    if not bool(torch.isfinite(logits_TE).all()):
-        bad_T = ~torch.isfinite(logits_TE).all(-1)
+    # One pass over the scores instead of four: their sum is finite unless one of them is not (or it overflows).
+    if bool(torch.isfinite(logits_TE.detach().sum())):
+        return
+    bad_T = ~torch.isfinite(logits_TE).all(-1)
+    if bool(bad_T.any()):
         raise GateNumericsError(
             f"gate {gate_name!r}: scores of {int(bad_T.sum())} of {bad_T.numel()} tokens are NaN or infinite"
         )

@@ -28,13 +28,15 @@ class RoutingPlan:
     Attributes:
         row_ptr_T1: (T + 1,) int64; token t owns pairs ``row_ptr[t]:row_ptr[t + 1]``.
         expert_N: (N,) int64 expert index of each pair; no expert twice in one row.
-        weight_N: (N,) fp32, differentiable combine weight of each pair.
+        weight_N: (N,) fp32 (fp64 where all of the gate is), differentiable combine weight of each pair.
         num_experts: E.
         load_E: (E,) int64 kept pairs of each expert on this rank; equals ``bincount(expert_N)``.
         offered_E: (E,) int64 pairs of each expert before capacity dropped any.
         uniform_k: K when every row has exactly K pairs, else None.
         residual_T: (T,) fp32 weight of the identity path (y += residual * x), or None for no such path.
         kind: see :class:`PlanKind`.
+        before_drop: the selection before pairs were dropped, detached; None when no pair was.
+        kept_M: (M,) bool, which of the M pairs of ``before_drop`` this plan keeps; a replay repeats the drop with it.
     """
 
     row_ptr_T1: Tensor
@@ -46,6 +48,8 @@ class RoutingPlan:
     uniform_k: int | None = None
     residual_T: Tensor | None = None
     kind: PlanKind = PlanKind.SPARSE
+    before_drop: RoutingPlan | None = None
+    kept_M: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -88,9 +92,7 @@ class RoutingPlan:
         return replace(self, weight_N=weight_N)
 
     @staticmethod
-    def from_topk(
-        expert_TK: Tensor, weight_TK: Tensor, num_experts: int, valid_T: Tensor | None = None
-    ) -> RoutingPlan:
+    def from_topk(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, valid_T: Tensor | None = None) -> RoutingPlan:
         """Plan with K pairs for every valid token and none for padding.
 
         Args:
@@ -111,7 +113,7 @@ class RoutingPlan:
             expert_N, weight_N = expert_TK[valid_T].reshape(-1), weight_TK[valid_T].reshape(-1)
         load_E = torch.bincount(expert_N, minlength=num_experts)
         return RoutingPlan(
-            row_ptr_T1, expert_N, weight_N.float(), num_experts, load_E, load_E, k if valid_T is None else None
+            row_ptr_T1, expert_N, _at_least_fp32(weight_N), num_experts, load_E, load_E, k if valid_T is None else None
         )
 
     @staticmethod
@@ -127,7 +129,7 @@ class RoutingPlan:
         row_ptr_T1 = torch.zeros(num_tokens + 1, dtype=torch.int64, device=mask_TE.device)
         row_ptr_T1[1:] = torch.cumsum(mask_TE.sum(1), 0)
         token_N, expert_N = mask_TE.nonzero(as_tuple=True)
-        weight_N = weight_TE[token_N, expert_N].float()
+        weight_N = _at_least_fp32(weight_TE[token_N, expert_N])
         load_E = torch.bincount(expert_N, minlength=num_experts)
         dense = num_tokens > 0 and expert_N.numel() == num_tokens * num_experts
         return RoutingPlan(
@@ -143,19 +145,50 @@ class RoutingPlan:
 
 
 def keep_pairs(plan: RoutingPlan, keep_N: Tensor) -> RoutingPlan:
-    """Drop the pairs where ``keep_N`` (N,) bool is False; ``offered_E`` still counts them."""
+    """Drop the pairs where ``keep_N`` (N,) bool is False; ``offered_E`` and ``before_drop`` still have them."""
+    expert_N = plan.expert_N[keep_N]
+    if expert_N.numel() == plan.num_pairs:
+        return plan
     kept_before_N1 = torch.zeros(plan.num_pairs + 1, dtype=torch.int64, device=keep_N.device)
     kept_before_N1[1:] = torch.cumsum(keep_N.long(), 0)
-    expert_N = plan.expert_N[keep_N]
-    nothing_dropped = expert_N.numel() == plan.num_pairs
+    before_drop: RoutingPlan | None
+    if plan.kept_M is None:
+        before_drop, kept_M = plan.detach(), keep_N
+    else:  # dropped from before: say it in terms of the first selection
+        before_drop, kept_M = plan.before_drop, plan.kept_M.clone()
+        kept_M[plan.kept_M] = keep_N
     return replace(
         plan,
         row_ptr_T1=kept_before_N1[plan.row_ptr_T1],
         expert_N=expert_N,
         weight_N=plan.weight_N[keep_N],
         load_E=torch.bincount(expert_N, minlength=plan.num_experts),
-        uniform_k=plan.uniform_k if nothing_dropped else None,
-        kind=plan.kind if nothing_dropped else PlanKind.SPARSE,
+        uniform_k=None,
+        kind=PlanKind.SPARSE,
+        before_drop=before_drop,
+        kept_M=kept_M,
+    )
+
+
+def insert_padding(plan: RoutingPlan, valid_T: Tensor) -> RoutingPlan:
+    """Plan of the valid tokens alone -> plan of all T tokens, in which padding has empty rows.
+
+    Args:
+        plan: over the tokens where ``valid_T`` is True, in order.
+        valid_T: (T,) bool.
+    """
+    size_T = torch.zeros(valid_T.numel() + 1, dtype=torch.int64, device=valid_T.device)
+    size_T[1:][valid_T] = plan.row_ptr_T1.diff()
+    residual_T = None
+    if plan.residual_T is not None:
+        residual_T = plan.residual_T.new_zeros(valid_T.numel()).masked_scatter(valid_T, plan.residual_T)
+    return replace(
+        plan,
+        row_ptr_T1=size_T.cumsum(0),
+        uniform_k=None,
+        kind=PlanKind.SPARSE,
+        residual_T=residual_T,
+        before_drop=None if plan.before_drop is None else insert_padding(plan.before_drop, valid_T),
     )
 
 
@@ -168,4 +201,11 @@ def apply_permutation(plan: RoutingPlan, expert_of_E: Tensor) -> RoutingPlan:
     load_E, offered_E = torch.empty_like(plan.load_E), torch.empty_like(plan.offered_E)
     load_E[expert_of_E] = plan.load_E
     offered_E[expert_of_E] = plan.offered_E
-    return replace(plan, expert_N=expert_of_E[plan.expert_N], load_E=load_E, offered_E=offered_E)
+    before_drop = None if plan.before_drop is None else apply_permutation(plan.before_drop, expert_of_E)
+    return replace(
+        plan, expert_N=expert_of_E[plan.expert_N], load_E=load_E, offered_E=offered_E, before_drop=before_drop
+    )
+
+
+def _at_least_fp32(weight_N: Tensor) -> Tensor:
+    return weight_N if weight_N.dtype == torch.float64 else weight_N.float()

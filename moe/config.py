@@ -72,7 +72,9 @@ class ModelConfig(BaseModel):
         """Everything wrong with the combination of options, as ``"field: message"``."""
         problems = []
         if self.head_dim is None and self.dim % self.num_heads:
-            problems.append(f"num_heads: {self.num_heads} does not divide dim {self.dim}; set head_dim or another count")
+            problems.append(
+                f"num_heads: {self.num_heads} does not divide dim {self.dim}; set head_dim or another count"
+            )
         if self.width_per_head % 2:
             problems.append(f"head_dim: rotary embedding needs an even head width, got {self.width_per_head}")
         if self.num_heads % self.kv_heads:

@@ -1,0 +1,185 @@
+"""Grouped-query attention with rotary positions, and the contiguous key-value cache for generation.
+
+Shape suffixes: B sequences, T new positions, S positions attended to, D width, H query heads, G key-value heads,
+d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.ops.causal_attention import causal_attention, choose_attention_op
+from moe.ops.rms_norm import rms_norm
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_BHTd, k_BGTd, v_BGTd) of the new positions -> (B, H, T, d) attention over everything before and including them."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale; see :func:`moe.ops.rms_norm.rms_norm`."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., D) -> (..., D) in ``dtype``, or in that of ``x``."""
+        return rms_norm(x, self.weight, self.eps, dtype)
+
+
+class Rotary(NamedTuple):
+    """cos and sin of every position's angles, (B or 1, 1, T, d) each, fp32; both halves of d hold the same angles."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_angles(position_BT: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Rotary position embedding (arXiv:2104.09864) of ``position_BT`` (B or 1, T) int64: angle p * theta^(-2i/d).
+
+    Angles are fp32 whatever the model computes in: in bf16 neighbouring positions beyond 256 would coincide.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.int64).float() / head_dim
+    angle_BTd = position_BT.float().unsqueeze(-1) * (1.0 / theta**exponent)
+    angle_B1Td = torch.cat([angle_BTd, angle_BTd], -1).unsqueeze(1)
+    return Rotary(angle_B1Td.cos(), angle_B1Td.sin())
+
+
+def apply_rotary(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate pairs (i, i + d/2) of each head: the half-rotation layout that Hugging Face models use."""
+    first, second = x_BHTd.chunk(2, -1)
+    rotated = x_BHTd * rotary.cos + torch.cat([-second, first], -1) * rotary.sin
+    return rotated.to(x_BHTd.dtype)
+
+
+class AttentionCache(Protocol):
+    """Keys and values of positions that were computed before; decides how attention reads them.
+
+    The contiguous :class:`KVCache` is one; a paged cache is another. A forward pass asks for ``positions`` once, calls
+    ``attend`` once per layer, then ``advance``.
+    """
+
+    def positions(self, length: int) -> Tensor:
+        """(B or 1, T) int64 positions of the next ``length`` tokens."""
+        ...
+
+    def attend(self, layer: int, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+        """Store the new keys and values of ``layer`` and attend over old and new ones, causally."""
+        ...
+
+    def advance(self, length: int) -> None:
+        """Every layer has seen these ``length`` tokens; they are old ones from now on."""
+        ...
+
+
+class KVCache:
+    """Contiguous cache for B sequences of equal length.
+
+    Args:
+        config: gives layers, heads and head width.
+        batch: B.
+        capacity: most positions; None means ``config.max_seq_len``.
+        dtype, device: of the cached keys and values: the model's compute dtype and device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int = 1,
+        capacity: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity = min(capacity or config.max_seq_len, config.max_seq_len)
+        shape = (config.num_layers, batch, config.kv_heads, self.capacity, config.width_per_head)
+        # Zeros, not uninitialised memory: nothing reads past `length`, but garbage must not look like data either.
+        self._k_LBGSd = torch.zeros(shape, dtype=dtype, device=device)
+        self._v_LBGSd = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def positions(self, length: int) -> Tensor:
+        """(1, T) positions of the next ``length`` tokens.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.length + length > self.capacity:
+            raise ValueError(f"cache holds {self.length} of {self.capacity} positions; {length} more do not fit")
+        return torch.arange(self.length, self.length + length, device=self._k_LBGSd.device).unsqueeze(0)
+
+    def attend(self, layer: int, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+        """See :meth:`AttentionCache.attend`."""
+        past, new = self.length, q_BHTd.shape[2]
+        end = past + new
+        self._k_LBGSd[layer, :, :, past:end] = k_BGTd
+        self._v_LBGSd[layer, :, :, past:end] = v_BGTd
+        k_BGSd, v_BGSd = self._k_LBGSd[layer, :, :, :end], self._v_LBGSd[layer, :, :, :end]
+        grouped = q_BHTd.shape[1] != k_BGTd.shape[1]
+        if new == 1:
+            return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, enable_gqa=grouped)
+        if past == 0:
+            return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=grouped)
+        mask_TS = torch.ones(new, end, dtype=torch.bool, device=q_BHTd.device).tril_(past)
+        return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, attn_mask=mask_TS, enable_gqa=grouped)
+
+    def advance(self, length: int) -> None:
+        """See :meth:`AttentionCache.advance`."""
+        self.length += length
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a cache of {self.length} positions to {length}")
+        self.length = length
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads (arXiv:2305.13245) and optional QK-norm (Qwen3).
+
+    Projections have no biases. Query head h reads key-value head ``h // (H / G)``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.width_per_head
+        q_width, kv_width = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.wq = nn.Linear(config.dim, q_width, bias=False)
+        self.wk = nn.Linear(config.dim, kv_width, bias=False)
+        self.wv = nn.Linear(config.dim, kv_width, bias=False)
+        self.wo = nn.Linear(q_width, config.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), in the dtype of the input.
+
+        Args:
+            x_BTD: normalised tokens.
+            rotary: angles of their positions.
+            attend: attention that knows earlier positions; None attends within ``x_BTD`` alone.
+        """
+        batch, length, _ = x_BTD.shape
+        dtype = x_BTD.dtype
+        heads = (batch, length, -1, self.head_dim)
+        q_BTHd = F.linear(x_BTD, self.wq.weight.to(dtype)).view(heads)
+        k_BTGd = F.linear(x_BTD, self.wk.weight.to(dtype)).view(heads)
+        v_BTGd = F.linear(x_BTD, self.wv.weight.to(dtype)).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
+        q_BHTd = apply_rotary(q_BTHd.transpose(1, 2), rotary)
+        k_BGTd = apply_rotary(k_BTGd.transpose(1, 2), rotary)
+        v_BGTd = v_BTGd.transpose(1, 2)
+        if attend is not None:
+            out_BHTd = attend(q_BHTd, k_BGTd, v_BGTd)
+        else:
+            op = choose_attention_op(x_BTD.device, dtype, length, q_BHTd.requires_grad)
+            out_BHTd = causal_attention(q_BHTd, k_BGTd, v_BGTd, op.name)
+        return F.linear(out_BHTd.transpose(1, 2).reshape(batch, length, -1), self.wo.weight.to(dtype))
