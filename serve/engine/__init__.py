@@ -1,0 +1,1 @@
+"""Inference: prompts to tokens. Knows neither HTTP nor Ray."""

@@ -1,0 +1,1 @@
+"""Processes that an engine and its HTTP application live in."""

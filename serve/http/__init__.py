@@ -1,0 +1,1 @@
+"""The HTTP server's routes and rules over any :class:`serve.client.EngineClient`. Needs ``moeyard[serve]``."""

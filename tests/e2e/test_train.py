@@ -1,0 +1,281 @@
+"""Training as a user runs it: torchrun and the program, real processes, real files.
+
+Resume: training.md's pain 5 (resume at another world size) and DESIGN's promise of bit-equality at the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from parallel.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from tests.harness import free_port
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data.tokenizer.kind=bytes",
+    "data.validation_fraction=0.2",
+    "model.dim=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.moe.num_experts=4",
+    "model.moe.hidden_dim=32",
+    "train.seq_len=32",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "optim.warmup_steps=2",
+    "eval.interval=0",
+    "eval.sample_interval=0",
+    "eval.sample_tokens=4",
+    "eval.final_sequences=8",
+    "track.log_interval=1",
+    "track.heatmap_interval=0",
+    "track.tensorboard=false",
+    "checkpoint.interval=4",
+    "checkpoint.keep_last=9",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(10):
+        lines = [f"Act {number}, line {i}: the {i * number} quick foxes jump over {i % 7} lazy dogs." for i in range(60)]
+        (folder / f"play{number}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def options(corpus: Path, work: Path, *more: str) -> list[str]:
+    data = [f"data.sources=[{{source: {corpus}}}]", f"data.cache={corpus / 'cache'}", f"run.root={work / 'runs'}"]
+    return [*SMALL, *data, *more]
+
+
+def command(ranks: int, *args: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "launch/train.py", *args]
+    port = f"--master-port={free_port()}"
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), port, "launch/train.py", *args]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1"}
+
+
+def run(ranks: int, *args: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def start(ranks: int, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(ranks, *args),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def only_run(work: Path) -> Path:
+    (found,) = (work / "runs").iterdir()
+    return found
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def wait_for_step(process: subprocess.Popen[str], work: Path, step: int, timeout: float = 90) -> Path:
+    """Wait until the run has logged ``step``; returns its folder."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        metrics = list(work.glob("runs/*/metrics.jsonl"))
+        if metrics and f'"step": {step},' in metrics[0].read_text():
+            return metrics[0].parent
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before step {step}:\n{process.stdout.read()}")
+        time.sleep(0.1)
+    raise AssertionError(f"did not reach step {step} in {timeout} s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on two ranks, checkpoints at 4 and 8."""
+    work = tmp_path_factory.mktemp("uninterrupted")
+    result = run(2, *options(corpus, work, "train.steps=12"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return only_run(work)
+
+
+def copied(source: Path, work: Path, step: int) -> Path:
+    """A copy of the run as it was when ``step`` was its newest checkpoint."""
+    target = work / "runs" / source.name
+    shutil.copytree(source, target)
+    for checkpoint in list_checkpoints(target / "checkpoints"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    (target / "checkpoints" / "latest").write_text(f"step_{step:06d}")
+    return target
+
+
+def test_run_directory_holds_what_the_design_says(uninterrupted: Path) -> None:
+    for name in ("config.yaml", "command.txt", "env.json", "metrics.jsonl", "log.txt", "checkpoints/latest"):
+        assert (uninterrupted / name).is_file(), name
+    assert (uninterrupted / "model" / "config.json").is_file()
+    assert (uninterrupted / "model" / "tokenizer.json").is_file()
+    curve = losses(uninterrupted)
+    assert sorted(curve) == list(range(1, 13))
+    assert curve[12] < curve[1]
+
+
+def test_resume_at_the_same_world_size_continues_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
+    resumed = copied(uninterrupted, tmp_path, step=4)
+    result = run(2, "--resume", str(resumed))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resumed from" in result.stdout + result.stderr
+    assert "step 4: model, optimizer, schedule, gate state, data position, random state" in result.stdout + result.stderr
+    assert losses(resumed) == losses(uninterrupted)
+
+
+def test_resume_two_then_one_then_four_ranks_stays_within_1e_6(uninterrupted: Path, tmp_path: Path) -> None:
+    resumed = copied(uninterrupted, tmp_path, step=4)
+    for ranks, steps in ((1, 8), (4, 12)):
+        # The schedule must be that of twelve steps: stop early by hand, not by a shorter run.
+        stop_at = ["checkpoint.interval=4"] if steps == 12 else ["train.stop_after=8"]
+        result = run(ranks, "--resume", str(resumed), *stop_at, "train.micro_batch=2")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "random state starts anew" in result.stdout + result.stderr
+    expected, actual = losses(uninterrupted), losses(resumed)
+    assert sorted(actual) == sorted(expected)
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-6), step
+
+
+def test_same_seed_same_curve_other_seed_other_curve(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    result = run(2, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=0"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(only_run(tmp_path)) == losses(uninterrupted)
+    other = run(1, *options(corpus, tmp_path / "other", "train.steps=2", "run.seed=1"))
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert losses(only_run(tmp_path / "other"))[1] != losses(uninterrupted)[1]
+
+
+def test_one_interrupt_saves_and_prints_the_resume_command(corpus: Path, tmp_path: Path) -> None:
+    process = start(1, *options(corpus, tmp_path, "train.steps=100000"))
+    run_dir = wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    saved = read_checkpoint(find_checkpoint(run_dir / "checkpoints")).step
+    assert saved == max(losses(run_dir)), output
+    command_line = re.search(r"resume with: (.*)", output)
+    assert command_line, output
+    assert command_line.group(1).strip() == f"python launch/train.py --resume {run_dir}"
+    result = run(1, "--resume", str(run_dir), f"train.steps={saved + 2}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(losses(run_dir)) == list(range(1, saved + 3))
+
+
+def test_interrupting_torchrun_saves_on_all_ranks(corpus: Path, tmp_path: Path) -> None:
+    process = start(2, *options(corpus, tmp_path, "train.steps=100000"))
+    run_dir = wait_for_step(process, tmp_path, 3)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "resume with: torchrun --nproc-per-node 2 launch/train.py --resume" in output
+    assert read_checkpoint(find_checkpoint(run_dir / "checkpoints")).step == max(losses(run_dir))
+
+
+def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    """Checkpoints every step, SIGKILL at growing delays: what ``latest`` names always reads back and resumes."""
+    args = options(corpus, tmp_path, "train.steps=100000", "checkpoint.interval=1", "checkpoint.keep_last=2")
+    run_dir: Path | None = None
+    for delay_s in (0.0, 0.013, 0.05, 0.11):
+        process = start(1, *(args if run_dir is None else ["--resume", str(run_dir)]))
+        seen = max(losses(run_dir)) if run_dir else 0
+        run_dir = wait_for_step(process, tmp_path, seen + 3)
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+        info = read_checkpoint(find_checkpoint(run_dir / "checkpoints"))
+        assert info.step > 0
+
+
+def test_a_rank_that_dies_ends_the_run_without_a_hang(corpus: Path, tmp_path: Path) -> None:
+    process = start(2, *options(corpus, tmp_path, "train.steps=100000"))
+    wait_for_step(process, tmp_path, 2)
+    workers = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode not in (0, None), output
+    assert "Signal 9" in output or "SIGKILL" in output, output
+
+
+def test_nan_stops_names_the_layer_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    args = options(corpus, tmp_path, "train.steps=40", "optim.lr=1e18", "optim.clip_norm=0", "checkpoint.interval=1")
+    result = run(1, *args)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert re.search(r"error: step \d+: loss", result.stderr), result.stderr
+    assert re.search(r"blocks\.\d|embed|norm", result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    read_checkpoint(find_checkpoint(only_run(tmp_path) / "checkpoints"))
+
+
+def test_all_option_errors_at_once_with_nearest_names(corpus: Path, tmp_path: Path) -> None:
+    result = run(1, *options(corpus, tmp_path, "optim.lrr=1", "train.steps=many", "gate.kk=3"))
+    assert result.returncode == 2
+    for text in ("optim.lrr", "Did you mean", "train.steps", "gate.kk"):
+        assert text in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_resume_of_another_structure_names_the_differing_path(uninterrupted: Path, tmp_path: Path) -> None:
+    resumed = copied(uninterrupted, tmp_path, step=4)
+    result = run(1, "--resume", str(resumed), "model.moe.num_experts=8")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "model.moe.num_experts" in result.stderr
+
+
+def test_dry_run_prints_numbers_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
+    result = run(1, "--dry-run", *options(corpus, tmp_path, "model.vocab_size=300"))
+    assert result.returncode == 0, result.stderr
+    for text in ("parameters", "FLOPs", "memory"):
+        assert text.lower() in result.stdout.lower(), result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tiny file system; run as root")
+def test_a_full_disk_while_saving_is_reported_and_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        # One checkpoint fits, two do not.
+        result = run(1, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=4", "checkpoint.keep_last=1"))
+        output = result.stdout + result.stderr
+        assert "No space left on device" in output, output
+        assert result.returncode == 1, output
+        info = read_checkpoint(find_checkpoint(only_run(tmp_path) / "checkpoints"))
+        assert info.step == 4
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
