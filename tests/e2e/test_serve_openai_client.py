@@ -345,7 +345,7 @@ def test_a_model_that_loads_but_cannot_run_is_one_line(run_dir: Path, tmp_path: 
     with torch.no_grad():
         loaded.model.blocks[0].attn.wq.weight.fill_(float("nan"))
     save_model(tmp_path / "model", loaded.model, loaded.tokenizer)
-    with pytest.raises(CheckpointError, match="the model was loaded but does not run: .*NaN"):
+    with pytest.raises(CheckpointError, match=r"the model was loaded but does not run: .*NaN"):
         serve_model(tmp_path / "model", port=0, threads=1)
 
 

@@ -17,6 +17,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("ab \
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_text_round_trip(kind, text):
     tokenizer = TOKENIZERS[kind]
@@ -28,6 +29,7 @@ def test_text_round_trip(kind, text):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_streaming_equals_decoding_for_any_ids(kind, data, skip):
     tokenizer = TOKENIZERS[kind]
@@ -41,7 +43,7 @@ def test_streaming_equals_decoding_for_any_ids(kind, data, skip):
     assert sofar + stream.flush() == whole
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXTS.map(lambda text: text * 4), limit=st.integers(1, 60), chunk=st.integers(1, 50))
 def test_pieces_do_not_depend_on_how_the_text_arrives(text, limit, chunk):
     whole = list(split_pieces([text], limit))
@@ -52,7 +54,7 @@ def test_pieces_do_not_depend_on_how_the_text_arrives(text, limit, chunk):
     assert all(limit <= len(piece) <= 2 * limit for piece in whole[:-1])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(lines=st.lists(st.text("ab c'.1\t🎭", max_size=12), min_size=20, max_size=60))
 def test_text_cut_at_lines_has_the_tokens_of_the_whole(lines):
     # Every fourth line is plain, so that there is always a newline between visible characters to cut at.

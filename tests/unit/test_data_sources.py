@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tarfile
 from importlib import metadata
@@ -264,8 +265,6 @@ def test_stamp_changes_with_the_text_even_when_size_and_time_are_kept(tmp_path):
     source = open_source(SourceConfig(source=str(file)))
     before, stat = source.stamp(), file.stat()
     assert source.stamp() == before
-    import os
-
     other = tmp_path / "b"
     other.write_text("two")
     os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))

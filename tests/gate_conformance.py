@@ -1,0 +1,192 @@
+"""What the conformance suite routes: every registered gate, the options to try it with, and the tokens it gets.
+
+A new gate is covered with its defaults as soon as it is registered; add a row to ``CONFIGS`` to try other options.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gates import Gate, GateConfig, GateInput, Mode, RoutingPlan, build_gate, gate_names, parse_gate_config
+
+DIM = 12
+EXPERT_COUNTS = (2, 3, 5, 6, 8, 16)
+TOKEN_COUNTS = (0, 1, 2, 17, 256)
+ALL_LOSSES = {"balance_coef": 1.0, "z_coef": 1.0, "importance_coef": 1.0, "load_coef": 1.0}
+
+CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "topk": [
+        {},
+        {"k": 1, "renormalise": False, "jitter": 0.1, "capacity_factor": 1.0, "balance_scope": "micro_batch"},
+        {"order": "topk_then_score", "renormalise": False, "balance_scope": "global", "z_coef": 1e-3},
+        {"score": "sigmoid", "renormalise": False, "scale": 1.5},
+        {"score": "sqrt_softplus", "selection_bias": "frozen"},
+        {"score": "sigmoid", "selection_bias": "sign", "bias_update_rate": 0.1, "num_groups": 2, "scale": 2.5},
+        {"renormalise": False, "num_groups": 3, "topk_groups": 2, "group_top": 1, "scale": 0.5},
+        {"noise": "learned", **ALL_LOSSES},
+        {"noise": "fixed", "renormalise": False, **ALL_LOSSES},
+        {"noise": "second_choice", "capacity_factor": 1.0, "drop_policy": "choice", "renormalise_kept": True},
+        {"noise": "learned", "jitter": 0.2, "capacity_factor": 0.7, "drop_policy": "probs", "min_capacity": 2},
+        {"renormalise": False, "capacity_factor": 0.5, "drop_policy": "probs"},
+        {"score": "sigmoid", "capacity_factor": 0.8, "drop_policy": "random"},
+        {"k": 6, "score": "sigmoid", "selection_bias": "sign"},
+    ]
+}
+
+# Relabelling the experts of these relabels their plans only within limits (groups of neighbours).
+NOT_EQUIVARIANT = ("num_groups",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One gate with one set of options."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        shown = ",".join(f"{key}={value}" for key, value in self.options.items() if not key.endswith("_coef"))
+        return f"{self.name}[{shown or 'defaults'}]"
+
+    @property
+    def config(self) -> GateConfig:
+        return parse_gate_config({"name": self.name, **self.options})
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """The E of the suite that these options allow."""
+        return [count for count in EXPERT_COUNTS if not self.config.check(count)]
+
+    @property
+    def few_experts(self) -> int:
+        """The smallest E above 3, for tests whose cost grows with E."""
+        return next(count for count in self.expert_counts if count > 3)
+
+    @property
+    def equivariant(self) -> bool:
+        return not any(key in self.options for key in NOT_EQUIVARIANT)
+
+    def gate(self, num_experts: int | None = None, seed: int = 0, *, double: bool = False) -> Gate:
+        """A gate whose parameters are far from their initial values, so that tokens differ in what they choose."""
+        count = self.expert_counts[-1] if num_experts is None else num_experts
+        gate = build_gate(self.config, DIM, count)
+        if double:
+            gate = gate.double()
+        rng = torch.Generator().manual_seed(seed)
+        gate.reset_parameters(rng)
+        with torch.no_grad():
+            for param in gate.parameters():
+                param.add_(torch.randn(param.shape, generator=rng).to(param.dtype), alpha=0.5)
+        return gate
+
+
+def cases() -> list[Case]:
+    """Every registered gate with every set of options to try."""
+    return [Case(name, options) for name in gate_names() for options in CONFIGS.get(name, [{}])]
+
+
+def tokens(
+    num_tokens: int,
+    num_experts: int,
+    *,
+    mode: Mode = Mode.EVAL,
+    seed: int = 0,
+    noise_seed: int | None = None,
+    valid_T: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GateInput:
+    """Tokens of sequences of five, with everything that a gate may need.
+
+    Args:
+        noise_seed: seed of the gate's generator; None: no generator.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    index_T = torch.arange(num_tokens)
+    return GateInput(
+        x_TD=torch.randn(num_tokens, DIM, generator=rng).to(dtype),
+        ids_T=torch.randint(1000, (num_tokens,), generator=rng),
+        valid_T=valid_T,
+        segment_T=index_T // 5,
+        position_T=index_T % 5,
+        prev_logits_TE=torch.randn(num_tokens, num_experts, generator=rng).to(dtype),
+        mode=mode,
+        rng=None if noise_seed is None else torch.Generator().manual_seed(noise_seed),
+    )
+
+
+def take(inp: GateInput, index_T: Tensor, **changes: Any) -> GateInput:
+    """The tokens ``index_T`` (int64 positions) of ``inp``, in that order."""
+    per_token = ("x_TD", "ids_T", "valid_T", "segment_T", "position_T", "prev_logits_TE")
+    picked = {name: getattr(inp, name)[index_T] for name in per_token if getattr(inp, name) is not None}
+    return replace(inp, **{**picked, **changes})
+
+
+def live(gate: Gate, steps: range) -> None:
+    """Take the gate through optimizer steps with a load that grows from the first expert to the last."""
+    for step in steps:
+        gate.begin_step(step)
+        out = gate(tokens(32, gate.num_experts, mode=Mode.TRAIN, seed=step, noise_seed=step))
+        gate.end_step(torch.arange(gate.num_experts) * (step + 1), out.metrics)
+
+
+def rows(plan: RoutingPlan) -> list[dict[int, float]]:
+    """Weight by expert of each token."""
+    pairs = list(zip(plan.expert_N.tolist(), plan.weight_N.tolist(), strict=True))
+    edges = plan.row_ptr_T1.tolist()
+    return [dict(pairs[begin:end]) for begin, end in itertools.pairwise(edges)]
+
+
+def assert_same_rows(got: list[dict[int, float]], expected: list[dict[int, float]], what: str) -> None:
+    """The same experts in every row, with weights that differ by rounding at most."""
+    assert len(got) == len(expected)
+    for t, (row, other) in enumerate(zip(got, expected, strict=True)):
+        assert row.keys() == other.keys(), f"{what}: row {t} visits {sorted(row)} instead of {sorted(other)}"
+        assert row == pytest.approx(other, rel=1e-5), f"{what}: weights of row {t}"
+
+
+def assert_legal(plan: RoutingPlan, gate: Gate, inp: GateInput) -> None:
+    """Every invariant of a plan, counted anew with plain Python."""
+    num_tokens, num_experts = inp.x_TD.shape[0], gate.num_experts
+    assert plan.num_experts == num_experts
+    for index in (plan.row_ptr_T1, plan.expert_N, plan.load_E, plan.offered_E):
+        assert index.dtype == torch.int64
+    both_double = inp.x_TD.dtype == torch.float64 and all(p.dtype == torch.float64 for p in gate.parameters())
+    assert plan.weight_N.dtype == (torch.float64 if both_double else torch.float32)
+    edges = plan.row_ptr_T1.tolist()
+    assert len(edges) == num_tokens + 1
+    assert edges[0] == 0
+    assert edges[-1] == plan.num_pairs == plan.expert_N.numel() == plan.weight_N.numel()
+    experts, weights = plan.expert_N.tolist(), plan.weight_N.tolist()
+    assert all(0 <= e < num_experts for e in experts)
+    assert all(w >= 0 and w < float("inf") for w in weights)
+    valid = [True] * num_tokens if inp.valid_T is None else inp.valid_T.tolist()
+    for t, (begin, end) in enumerate(itertools.pairwise(edges)):
+        assert begin <= end
+        row = experts[begin:end]
+        assert len(set(row)) == len(row), f"token {t} visits an expert twice: {row}"
+        assert gate.max_k is None or len(row) <= gate.max_k
+        total = sum(weights[begin:end])
+        if not valid[t]:
+            assert row == [], f"padding token {t} is routed"
+        elif gate.weight_sum == "one":
+            assert abs(total - 1) < 1e-5
+        elif gate.weight_sum == "at_most_one":
+            assert total < 1 + 1e-5
+    assert plan.load_E.tolist() == [experts.count(e) for e in range(num_experts)]
+    assert bool((plan.offered_E >= plan.load_E).all())
+    if plan.uniform_k is not None:
+        assert edges == [plan.uniform_k * t for t in range(num_tokens + 1)]
+    if plan.before_drop is None:
+        assert plan.offered_E.tolist() == plan.load_E.tolist()
+    else:
+        assert plan.kept_M is not None
+        assert plan.before_drop.load_E.tolist() == plan.offered_E.tolist()
+        assert plan.before_drop.expert_N[plan.kept_M].tolist() == experts
