@@ -67,6 +67,10 @@ class GateConfig(BaseModel):
         """Expected experts per token, for counts of active parameters and FLOPs."""
         raise TypeError(f"{type(self).__name__} must define experts_per_token()")
 
+    def reduces_in_forward(self) -> bool:
+        """Whether forward calls ``GateInput.reduce_load``, so that all ranks must run it or none."""
+        return False
+
     def check(self, num_experts: int) -> list[str]:
         """Everything wrong with these options for E experts, as ``"field: message"``; empty when all is well."""
         return []

@@ -109,6 +109,10 @@ class TopKConfig(GateConfig):
         """k; what capacity drops is not subtracted."""
         return float(min(self.k, num_experts))
 
+    def reduces_in_forward(self) -> bool:
+        """The global scope sums loads over ranks before the loss."""
+        return self.balance_scope == "global"
+
     def check(self, num_experts: int) -> list[str]:
         """See :meth:`GateConfig.check`. An option whose parent option is off is reported too: it would do nothing."""
         no_gradient = "makes every weight 1, so that the task does not train the gate"
@@ -384,7 +388,7 @@ class TopKGate(Gate):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the selection bias in fp32 when the model goes to half precision: its steps are too small for bf16."""
         before = self.selection_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         after = self.selection_bias
         if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
             self.selection_bias = before.to(after.device)

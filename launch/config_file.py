@@ -114,7 +114,8 @@ def structural_difference(old: TrainConfig, new: TrainConfig) -> tuple[list[str]
         (differences that make a checkpoint of ``old`` unusable for ``new``, all other differences).
     """
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    structural, other = [], []
+    structural: list[str] = []
+    other: list[str] = []
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
             line = f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
@@ -134,7 +135,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_config(name: str) -> Path:
-    """The file that ``name`` means: a path, or a recipe shipped in launch/configs. ConfigError with the nearest name."""
+    """The file that ``name`` means: a path, or a shipped recipe. ConfigError with the nearest name."""
     path = Path(name)
     if path.is_file():
         return path

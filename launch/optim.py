@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate of optimizer step ``step`` (0-based) of ``steps``.
 
-    Linear warm-up over ``warmup_steps``; then constant, or cosine (arXiv:1608.03983), or WSD (arXiv:2404.06395): constant
+    Linear warm-up over ``warmup_steps``; then constant, cosine (arXiv:1608.03983) or WSD (arXiv:2404.06395): constant
     until a linear decay over the last ``decay_fraction`` of the steps. Both decays end at ``final_lr_fraction``.
     """
     if step < config.warmup_steps:

@@ -132,8 +132,11 @@ class Trainer:
                     output, nats, tokens = self._forward(ids_BS, step, row)
                     # The one divisor rule: a term weighs its share of the step's tokens; gradients are summed.
                     loss = nats / tokens_per_step + output.aux_loss() * (tokens / tokens_per_step)
-            except GateNumericsError:
-                stats.bad = True  # the other ranks must learn of it in this step's collectives, not by a hang
+            except GateNumericsError as error:
+                if self.config.gate.reduces_in_forward():
+                    # The others wait in a collective of their own forward: only this rank's end can tell them.
+                    raise NumericsError(f"step {step + 1}: {error}") from error
+                stats.bad = True  # the other ranks learn of it in this step's collectives
                 break
             stats.add(output, nats, tokens)
             with timer.phase("backward"):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe.errors import CheckpointError
@@ -67,7 +67,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     for name, tensor in model.state_dict().items():
         add("model", name, "", tensor)
     if optimizer is not None:
-        names = {param: name for name, param in model.named_parameters()}
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         for param, state in optimizer.state.items():
             for key, value in state.items():
                 add("optim", names[param], f".{key}", value)
@@ -150,7 +150,7 @@ class CheckpointWriter:
         partial = final.with_name(final.name + ".partial")
         group = self.topology.checkpoint_group
         try:
-            dcp.save(
+            state_dict_saver.save(
                 tensors,
                 storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
                 process_group=group,
@@ -269,7 +269,7 @@ def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Top
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"checkpoint {info.path} has another structure than this run:\n  {shown}")
     try:
-        dcp.load(
+        state_dict_loader.load(
             tensors,
             storage_reader=FileSystemReader(info.path),
             process_group=topology.checkpoint_group,

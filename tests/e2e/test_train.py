@@ -51,7 +51,9 @@ SMALL = [
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(10):
-        lines = [f"Act {number}, line {i}: the {i * number} quick foxes jump over {i % 7} lazy dogs." for i in range(60)]
+        lines = [
+            f"Act {number}, line {i}: the {i * number} quick foxes jump over {i % 7} lazy dogs." for i in range(60)
+        ]
         (folder / f"play{number}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -65,7 +67,16 @@ def command(ranks: int, *args: str) -> list[str]:
     if ranks == 1:
         return [sys.executable, "launch/train.py", *args]
     port = f"--master-port={free_port()}"
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), port, "launch/train.py", *args]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        port,
+        "launch/train.py",
+        *args,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -148,7 +159,9 @@ def test_resume_at_the_same_world_size_continues_bit_for_bit(uninterrupted: Path
     result = run(2, "--resume", str(resumed))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resumed from" in result.stdout + result.stderr
-    assert "step 4: model, optimizer, schedule, gate state, data position, random state" in result.stdout + result.stderr
+    assert (
+        "step 4: model, optimizer, schedule, gate state, data position, random state" in result.stdout + result.stderr
+    )
     assert losses(resumed) == losses(uninterrupted)
 
 

@@ -69,7 +69,13 @@ def test_plain_text_without_a_terminal_and_the_same_in_the_log_file(tmp_path: Pa
     console.on_end()
     printed, logged = stream.getvalue(), (tmp_path / "log.txt").read_text()
     assert "\x1b" not in printed
-    for text in (format_log(RECORD, 200), "final validation: 1.5000 bits per byte", "| To be, or", "| not [bold]", "resumed"):
+    for text in (
+        format_log(RECORD, 200),
+        "final validation: 1.5000 bits per byte",
+        "| To be, or",
+        "| not [bold]",
+        "resumed",
+    ):
         assert text in printed, text
         assert text in logged, text
     assert "1,000 (500 active per token)" in printed
