@@ -86,7 +86,8 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std: Tensor | float, k: int,
     margin_TE = clean_TE - threshold_TE
     if isinstance(std, Tensor):
         std = std.clamp_min(torch.finfo(std.dtype).eps)
-    return torch.special.ndtr(margin_TE / std).sum(0)
+    passed_E: Tensor = torch.special.ndtr(margin_TE / std).sum(0)
+    return passed_E
 
 
 def sign_bias_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

@@ -94,13 +94,13 @@ class Trainer:
             self.interval.add(stats)
             self._tell(lambda callback: callback.on_step(self.step))
             last = self.step == config.train.steps
+            if _due(self.step, config.track.log_interval) or last:
+                with self.timer.phase("log"):
+                    self._log()
             if stats.stop and not last:
                 return self._stop("interrupted", INTERRUPTED)
             if self.step == config.train.stop_after and not last:
                 return self._stop("train.stop_after", 0)
-            if _due(self.step, config.track.log_interval) or last:
-                with self.timer.phase("log"):
-                    self._log()
             if _due(self.step, config.eval.interval) and not last:
                 with self.timer.phase("eval"):
                     self._evaluate(final=False)

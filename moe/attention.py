@@ -7,7 +7,7 @@ d head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.ops.causal_attention import causal_attention, choose_attention_op
 from moe.ops.rms_norm import rms_norm
+from moe.ops.rotary import Rotary, apply_rotary
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BHTd, k_BGTd, v_BGTd) of the new positions -> (B, H, T, d) attention over everything before and including them."""
@@ -32,31 +33,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """(..., D) -> (..., D) in ``dtype``, or in that of ``x``."""
         return rms_norm(x, self.weight, self.eps, dtype)
-
-
-class Rotary(NamedTuple):
-    """cos and sin of every position's angles, (B or 1, 1, T, d) each, fp32; both halves of d hold the same angles."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_angles(position_BT: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Rotary position embedding (arXiv:2104.09864) of ``position_BT`` (B or 1, T) int64: angle p * theta^(-2i/d).
-
-    Angles are fp32 whatever the model computes in: in bf16 neighbouring positions beyond 256 would coincide.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.int64).float() / head_dim
-    angle_BTd = position_BT.float().unsqueeze(-1) * (1.0 / theta**exponent)
-    angle_B1Td = torch.cat([angle_BTd, angle_BTd], -1).unsqueeze(1)
-    return Rotary(angle_B1Td.cos(), angle_B1Td.sin())
-
-
-def apply_rotary(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate pairs (i, i + d/2) of each head: the half-rotation layout that Hugging Face models use."""
-    first, second = x_BHTd.chunk(2, -1)
-    rotated = x_BHTd * rotary.cos + torch.cat([-second, first], -1) * rotary.sin
-    return rotated.to(x_BHTd.dtype)
 
 
 class AttentionCache(Protocol):
@@ -174,8 +150,8 @@ class Attention(nn.Module):
         v_BTGd = F.linear(x_BTD, self.wv.weight.to(dtype)).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
-        q_BHTd = apply_rotary(q_BTHd.transpose(1, 2), rotary)
-        k_BGTd = apply_rotary(k_BTGd.transpose(1, 2), rotary)
+        q_BHTd = apply_rotary(q_BTHd, rotary)
+        k_BGTd = apply_rotary(k_BTGd, rotary)
         v_BGTd = v_BTGd.transpose(1, 2)
         if attend is not None:
             out_BHTd = attend(q_BHTd, k_BGTd, v_BGTd)

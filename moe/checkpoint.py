@@ -199,8 +199,8 @@ def load_model(
     model = _empty_model(config, gate, folder)
     _check_vocabulary(tokenizer, model.embed.num_embeddings, str(folder))
     # transformers keeps our object when it saves a model anew, but writes tokenizer.json in its own way.
-    rewritten = own is None or "transformers_version" in values
-    fingerprint = None if rewritten else own.get("tokenizer_fingerprint")
+    own = own or {}
+    fingerprint = None if "transformers_version" in values else own.get("tokenizer_fingerprint")
     if fingerprint is not None and fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"{folder}: tokenizer.json is not the one that the model was exported with"
@@ -208,7 +208,7 @@ def load_model(
         )
     model.load_state_dict(_read_weights(folder, model.state_dict()), assign=True)
     model = model.to(device=device, dtype=dtype).eval()
-    return LoadedModel(model, tokenizer, config, gate, dict(own.get("extra") or {}) if own else {})
+    return LoadedModel(model, tokenizer, config, gate, dict(own.get("extra") or {}))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

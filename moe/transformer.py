@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gates import Gate, GateConfig, GateNumericsError, GateOutput, Mode, RoutingPlan, parse_gate_config
-from moe.attention import Attend, Attention, AttentionCache, RMSNorm, Rotary, rotary_angles
+from moe.attention import Attend, Attention, AttentionCache, RMSNorm
 from moe.config import ModelConfig
 from moe.experts import SwiGLU
 from moe.initial_weights import fill_normal, fill_normal_experts, stream, stream_seed
 from moe.layer import MoELayer, RoutingContext, weighted_aux
+from moe.ops.rotary import Rotary, rotary_angles
 
 
 @dataclass(frozen=True)

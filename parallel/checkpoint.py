@@ -159,11 +159,15 @@ class CheckpointWriter:
             if self.topology.is_first:
                 self._publish(step, partial, final, values)
         except DCP_ERRORS as error:
+            cause = _root_cause(error)
+            needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            free_bytes = shutil.disk_usage(self.directory).free
+            if free_bytes < needed_bytes and "No space left" not in cause:
+                # torch's file writer hides the operating system's reason behind one of its own.
+                cause = f"No space left on device ({free_bytes:,} bytes free of {needed_bytes:,} needed): {cause}"
             if self.topology.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"could not save step {step} to {final}: {_root_cause(error)}; " + self._what_is_left()
-            ) from error
+            raise CheckpointError(f"could not save step {step} to {final}: {cause}; " + self._what_is_left()) from error
 
     def _publish(self, step: int, partial: Path, final: Path, values: Mapping[str, Any]) -> None:
         sizes = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}

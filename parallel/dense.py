@@ -103,7 +103,8 @@ class GradientReducer:
     def grad_norm(self) -> Tensor:
         """0-d L2 norm of all gradients; the same on every rank once :meth:`finish` has returned."""
         norms = [torch.linalg.vector_norm(bucket.flat) for bucket in self._buckets]
-        return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+        return total
 
     def clip_(self, norm: Tensor, max_norm: float) -> None:
         """Scale all gradients so that their norm, given as ``norm``, is at most ``max_norm``; 0 means no limit."""

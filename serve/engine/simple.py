@@ -63,6 +63,7 @@ class _Job:
     seed: int
     admitted_s: float
     aborted: threading.Event = field(default_factory=threading.Event)
+    abort_reason: str = "The request was aborted."
     completion_tokens: int = 0
 
     @property
@@ -134,8 +135,9 @@ class SimpleEngine:
             await asyncio.sleep(0.02)
         with self._changed:
             left = self._line.drain()
-            if self._running is not None:
-                self._running.aborted.set()
+            for job in [*left, *([self._running] if self._running is not None else [])]:
+                job.abort_reason = "The server stopped before the answer was complete."
+                job.aborted.set()
             if self._status == "draining":
                 self._status = "stopped"
             self._changed.notify_all()
@@ -255,7 +257,7 @@ class SimpleEngine:
     def _end_aborted(self, job: _Job) -> None:
         with self._changed:
             self._finished["abort"] += 1
-        job.stream.end(RequestAbortedError("The request was aborted."))
+        job.stream.end(RequestAbortedError(job.abort_reason))
 
     # The engine's thread.
 

@@ -125,7 +125,7 @@ def serve_model(
 
         def draining(unfinished: int) -> None:
             if unfinished:
-                wait = f"waiting up to {drain_s:g} s for {unfinished} unfinished request(s); Ctrl-C again: stop at once"
+                wait = f"waiting up to {drain_s:g} s for {unfinished} unfinished request(s); Ctrl-C again: end them now"
                 print(wait, flush=True)
 
         app = build_app(engine, settings)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -53,6 +54,7 @@ class EmbeddedServer(uvicorn.Server):
         super().__init__(config)
         self._client, self._drain_s = client, drain_s
         self._on_ready, self._on_drain = on_ready, on_drain
+        self._hurry = False
 
     @property
     def exit_code(self) -> int:
@@ -68,11 +70,26 @@ class EmbeddedServer(uvicorn.Server):
         stats = await self._client.stats()
         self._on_drain(stats.num_running + stats.num_waiting)
         drain = asyncio.ensure_future(self._client.stop(drain_s=self._drain_s))
+        impatience = asyncio.ensure_future(self._stop_when_hurried())
         await super().shutdown(sockets)
         if self.force_exit:
             drain.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await drain
+        impatience.cancel()
+        await asyncio.gather(drain, impatience, return_exceptions=True)
+
+    async def _stop_when_hurried(self) -> None:
+        """Ends running requests with an error event, after which their connections close by themselves."""
+        while not self._hurry:
+            await asyncio.sleep(0.05)
+        await self._client.stop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Ctrl-C again: end what runs. And again: leave everything where it is."""
+        self._captured_signals.append(sig)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = self._hurry
+            self._hurry = True
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

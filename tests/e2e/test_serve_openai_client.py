@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -259,70 +262,76 @@ def test_health_needs_no_key_and_metrics_count(client: openai.OpenAI, server: Ru
     assert 'moeyard:e2e_request_latency_seconds_count{model_name="fox"}' in text
 
 
-@dataclass
-class Process:
-    """``serve_model`` in a process of its own, ready to answer."""
-
-    process: subprocess.Popen[str]
-    url: str
-    printed: list[str]
-
-    def finish(self) -> tuple[int, str]:
-        out, err = self.process.communicate(timeout=30)
-        assert "Traceback" not in err, err
-        return self.process.returncode, out
+def stream_and_signal(url: str, process: int, signal_number: int, n: int) -> list[str]:
+    """The lines of a long stream during which the server gets a signal."""
+    body = {"prompt": "Gr", "max_tokens": 150, "n": n, "ignore_eos": True, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        os.kill(process, signal_number)
+        return [first, *(line for line in lines if line)]
 
 
-def start_process(run_dir: Path, **options: object) -> Process:
+def test_sigterm_lets_a_stream_finish_and_exits_with_0(run_dir: Path) -> None:
     code = (
         "import sys; from serve.hosts.embedded import serve_model;"
-        f"sys.exit(serve_model({str(run_dir)!r}, port=0, threads=1, **{options!r}))"
+        f"sys.exit(serve_model({str(run_dir)!r}, port=0, threads=1, drain_s=20))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=environment)
     assert process.stdout is not None
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if line.startswith("  try"):
-            break
-    assert printed, process.communicate()[1]
-    return Process(process, printed[0].split()[-1], printed)
-
-
-def test_signals_drain_running_requests_and_become_exit_codes(run_dir: Path) -> None:
-    """SIGTERM: 0. Ctrl-C: 130. A running stream ends whole within the deadline, and with an error event past it."""
-    with ThreadPoolExecutor(2) as pool:
-        patient, hasty = pool.map(lambda drain_s: start_process(run_dir, drain_s=drain_s), [20.0, 0.2])
-    printed = "".join(patient.printed)
-    assert "ready in" in printed
-    assert "fox-1 (weights " in printed
-    assert "context  512 tokens" in printed
-    assert "4 experts in each of 2 MoE layers" in printed
-    curl = next(line for line in patient.printed if line.startswith("  try")).split("try", 1)[1].strip()
-    shown = subprocess.run(["bash", "-c", curl + " -s"], capture_output=True, text=True, check=True)
-    assert json.loads(shown.stdout)["object"] == "text_completion"
-
-    def stream(server: Process, signal_number: int, n: int) -> list[str]:
-        body = {"prompt": "Gr", "max_tokens": 150, "n": n, "ignore_eos": True, "stream": True, "temperature": 0}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
-            lines = answer.iter_lines()
-            first = next(lines)
-            server.process.send_signal(signal_number)
-            return [first, *(line for line in lines if line)]
-
-    whole = stream(patient, signal.SIGTERM, 1)
-    assert whole[-1] == "data: [DONE]"
-    code, out = patient.finish()
-    assert code == 0
+    printed = list(itertools.islice(process.stdout, 7))
+    assert len(printed) == 7, process.communicate()[1]
+    url = printed[0].split()[-1]
+    assert printed[0].startswith("ready in ")
+    assert "fox-1 (weights " in printed[1]
+    assert "4 experts in each of 2 MoE layers" in printed[2]
+    assert printed[3] == "  context  512 tokens\n"
+    words = shlex.split(printed[6])
+    assert words[:2] == ["try", "curl"]
+    header, data = (words[words.index(flag) + 1] for flag in ("-H", "-d"))
+    shown = httpx.post(words[2], content=data, headers=[tuple(header.split(": "))])
+    assert shown.json()["object"] == "text_completion"
+    assert stream_and_signal(url, process.pid, signal.SIGTERM, 1)[-1] == "data: [DONE]"
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
     assert "waiting up to 20 s for 1 unfinished request(s)" in out
     assert out.endswith("stopped\n")
+    assert "POST /v1/completions 200" in err  # the access log
+    assert "Traceback" not in err
 
-    cut = stream(hasty, signal.SIGINT, 100)
-    assert json.loads(cut[-1].removeprefix("data: "))["error"]["code"] == "aborted"
-    assert hasty.finish()[0] == 130
+
+def serve_here(path: Path, **options: Any) -> int:
+    """``serve_model`` in this thread, with a signal in the end should nothing else stop it."""
+    alarm = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))
+    alarm.start()
+    try:
+        return serve_model(path, threads=1, **options)
+    finally:
+        alarm.cancel()
+
+
+def test_ctrl_c_past_the_deadline_ends_a_stream_with_an_error_event_and_exits_with_130(run_dir: Path) -> None:
+    port = free_port("127.0.0.1", near=20_000)
+    before = signal.getsignal(signal.SIGINT)
+
+    def visit() -> list[str]:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(500):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            time.sleep(0.01)
+        return stream_and_signal(url, os.getpid(), signal.SIGINT, 100)
+
+    with ThreadPoolExecutor(1) as pool:
+        visitor = pool.submit(visit)
+        code = serve_here(run_dir, port=port, drain_s=0.2)
+        lines = visitor.result(10)
+    assert code == 130
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "aborted"
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_port_in_use_is_one_line_with_a_free_port_before_anything_is_loaded(run_dir: Path) -> None:
@@ -343,10 +352,10 @@ def test_a_port_in_use_is_one_line_with_a_free_port_before_anything_is_loaded(ru
 def test_a_model_that_loads_but_cannot_run_is_one_line(run_dir: Path, tmp_path: Path) -> None:
     loaded = load_model(run_dir / "model")
     with torch.no_grad():
-        loaded.model.blocks[0].attn.wq.weight.fill_(float("nan"))
+        loaded.model.embed.weight.fill_(float("nan"))
     save_model(tmp_path / "model", loaded.model, loaded.tokenizer)
     with pytest.raises(CheckpointError, match=r"the model was loaded but does not run: .*NaN"):
-        serve_model(tmp_path / "model", port=0, threads=1)
+        serve_here(tmp_path / "model", port=0)
 
 
 def test_addresses_that_cannot_be_listened_on_are_explained() -> None:

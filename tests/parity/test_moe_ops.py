@@ -16,6 +16,7 @@ from moe.ops import token_permute
 from moe.ops.causal_attention import causal_attention_reference, choose_attention_op
 from moe.ops.grouped_mm import choose_expert_op, grouped_mm, grouped_mm_reference
 from moe.ops.rms_norm import rms_norm, rms_norm_reference
+from moe.ops.rotary import apply_rotary, apply_rotary_reference, rotary_angles
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +105,19 @@ def test_rms_norm_is_fp32_inside(rng: torch.Generator) -> None:
     rms_norm(zeros, weight, 1e-5).sum().backward()
     assert zeros.grad is not None
     assert torch.isfinite(zeros.grad).all()
+
+
+@pytest.mark.parametrize("batch_positions", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rotary(batch_positions: int, dtype: torch.dtype, rng: torch.Generator) -> None:
+    rotary = rotary_angles(torch.randint(0, 99, (batch_positions, 5), generator=rng), 8, 100.0)
+    x = torch.randn(3, 5, 2, 8, generator=rng).to(dtype)
+    grad = torch.randn(3, 2, 5, 8, generator=rng)
+    fast = value_and_grads(lambda x: apply_rotary(x, rotary), [x], grad)
+    assert fast[0].is_contiguous()
+    assert fast[0].dtype == dtype
+    reference = value_and_grads(lambda x: apply_rotary_reference(x, rotary).to(dtype), [x], grad)
+    assert_same(fast, reference, TOLERANCE[dtype])
 
 
 LOADS = [[3, 0, 5, 2], [0, 0, 0, 0], [0, 9, 0, 0], [1, 1, 1, 1], [0, 0, 0, 6]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe import KVCache, ModelConfig, MoEConfig, Transformer
-from moe.attention import apply_rotary, rotary_angles
+from moe.ops.rotary import apply_rotary, rotary_angles
 
 pytestmark = pytest.mark.unit
 
@@ -72,7 +72,7 @@ def test_rotary_angles_stay_exact_in_half_precision() -> None:
     # In bf16 the positions 1000 and 1001 would be one.
     rotary = rotary_angles(torch.tensor([[1000, 1001]]), 4, 10_000.0)
     assert rotary.cos.dtype == torch.float32
-    x = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
+    x = torch.ones(1, 2, 1, 4, dtype=torch.bfloat16)
     rotated = apply_rotary(x, rotary)
     assert rotated.dtype == torch.bfloat16
     assert not torch.equal(rotated[0, 0, 0], rotated[0, 0, 1])
@@ -81,7 +81,7 @@ def test_rotary_angles_stay_exact_in_half_precision() -> None:
 def test_rotary_takes_other_positions_for_each_sequence() -> None:
     positions = torch.tensor([[0, 1], [5, 6]])
     both = rotary_angles(positions, 4, 10.0)
-    assert both.cos.shape == (2, 1, 2, 4)
-    x = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    assert both.cos.shape == (2, 1, 2, 2)
+    x = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     alone = apply_rotary(x[1:], rotary_angles(positions[1:], 4, 10.0))
     torch.testing.assert_close(apply_rotary(x, both)[1:], alone)

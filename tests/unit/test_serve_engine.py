@@ -399,12 +399,19 @@ def test_an_engine_that_cannot_warm_up_fails_its_start(model: Transformer) -> No
 
 def test_the_heartbeat_is_young_when_idle_and_when_busy_and_grows_when_wedged(model: Transformer) -> None:
     async def work(engine: SimpleEngine) -> None:
+        async def youngest() -> float:
+            """The smallest age seen after a pause that is longer than it should ever be."""
+            await asyncio.sleep(0.6)
+            ages = []
+            for _ in range(20):
+                ages.append((await engine.health()).heartbeat_age_s)
+                await asyncio.sleep(0.02)
+            return min(ages)
+
         assert (await engine.health()).status == "ready"
-        await asyncio.sleep(0.6)
-        assert (await engine.health()).heartbeat_age_s < 0.4
+        assert await youngest() < 0.5
         (stream,) = await pile_up(engine, 1)
-        await asyncio.sleep(0.3)
-        assert (await engine.health()).heartbeat_age_s < 0.25
+        assert await youngest() < 0.5
         gate, held = threading.Event(), threading.Event()
 
         def hang(*_: object) -> None:
@@ -451,7 +458,7 @@ def test_stop_ends_what_is_left_after_the_deadline_with_an_error(model: Transfor
         streams = await pile_up(engine, 2)
         await asyncio.wait_for(engine.stop(drain_s=0.05), 5)
         for stream in streams:
-            with pytest.raises(RequestAbortedError):
+            with pytest.raises(RequestAbortedError, match="server stopped"):
                 await read(stream)
         stats = await engine.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
