@@ -41,14 +41,6 @@ END_OF_TEXT_NAMES = (
     "<|eot_id|>",
 )
 
-# ChatML, as Qwen and SmolLM2 use it.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 _Bytes = bytes  # inside the class, bytes is a constructor's name
 
 
@@ -193,12 +185,13 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja source that turns messages into a prompt, None when the tokenizer has none."""
+        """Jinja source that turns messages into a prompt, None when the tokenizer has none.
+
+        A tokenizer trained here has none: a model that never saw chat markup answers better without it.
+        """
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several by name: [{"name": "default", "template": "..."}]
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is None and {IM_START, IM_END} <= self._vocab.keys():
-            template = CHAT_TEMPLATE
         return template
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from moe.errors import TokenizerError
-from moe.tokenizer import CHAT_TEMPLATE, StreamDecoder, Tokenizer
+from moe.tokenizer import StreamDecoder, Tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -191,11 +191,24 @@ def test_fingerprint_ignores_key_order_and_null_options(bpe, tmp_path):
     assert Tokenizer.load(tmp_path).fingerprint == bpe.fingerprint
 
 
-def test_saved_config_has_the_chat_template_and_it_renders_chatml(bpe, tmp_path):
+# ChatML, as Qwen and SmolLM2 use it.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_trained_tokenizer_has_no_chat_template_and_one_given_to_it_is_saved(bpe, tmp_path):
     bpe.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["eos_token"] == "<|endoftext|>"
+    assert "chat_template" not in config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
+    Tokenizer.load(tmp_path).save(tmp_path / "chat")
+    config = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
     template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(config["chat_template"])
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert template.render(messages=messages, add_generation_prompt=True) == (
@@ -225,7 +238,7 @@ def test_chat_template_is_the_default_of_several_or_absent(bpe, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
     assert Tokenizer.load(tmp_path).chat_template == "D"
     assert word_piece().chat_template is None
-    assert bpe.chat_template == CHAT_TEMPLATE
+    assert bpe.chat_template is None
 
 
 def test_training_is_the_same_with_any_number_of_threads_and_hash_seed():

@@ -21,10 +21,10 @@ def test_transformers_agrees(kind, tmp_path):
     assert theirs.decode(ours.encode(TEXT)) == TEXT
     assert theirs.eos_token_id == ours.eos_id
     assert len(theirs) == ours.vocab_size
+    theirs.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     messages = [{"role": "user", "content": "Hi"}]
-    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs.apply_chat_template(messages, tokenize=False) == "user: Hi"
     theirs.save_pretrained(tmp_path / "theirs")
     again = Tokenizer.load(tmp_path / "theirs")
     assert again.encode(TEXT) == ours.encode(TEXT)
-    assert again.chat_template == ours.chat_template
+    assert again.chat_template == theirs.chat_template
