@@ -45,6 +45,9 @@ class ModelConfig(BaseModel):
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head (Qwen3)")
     tie_embeddings: bool = Field(True, description="use the embedding as output head too")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    embedding_init_std: float | None = Field(
+        None, gt=0, description="that of the embedding; null: init_std. 1 suits an untied embedding"
+    )
     num_dense_layers: int = Field(0, ge=0, description="first blocks that have one dense FFN instead of experts")
     dense_hidden_dim: int | None = Field(None, ge=1, description="hidden width of a dense FFN; null: K * F")
     moe: MoEConfig = MoEConfig()

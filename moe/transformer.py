@@ -242,11 +242,14 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Set all weights as GPT-2 does: N(0, init_std), projections into the residual stream over sqrt(2 L).
 
+        The embedding has a standard deviation of its own if the config gives one.
+
         Each tensor has its own random stream (see :mod:`moe.initial_weights`); norms become one; each gate
         initialises itself from a stream of its own.
         """
         std = self.config.init_std
         residual_std = std / math.sqrt(2 * self.config.num_layers)
+        embedding_std = self.config.embedding_init_std or std
         for name, param in self.named_parameters():
             if ".moe.gate." in name:
                 continue
@@ -255,7 +258,8 @@ class Transformer(nn.Module):
                 continue
             into_residual = name.endswith(("wo.weight", "w_down.weight", "w_down_EFD"))
             fill = fill_normal_experts if ".moe.experts." in name else fill_normal
-            fill(param, residual_std if into_residual else std, seed, name)
+            own_std = embedding_std if name == "embed.weight" else residual_std if into_residual else std
+            fill(param, own_std, seed, name)
         for i, gate in self.gates():
             gate.reset_parameters(stream(seed, f"blocks.{i}.moe.gate"))
 

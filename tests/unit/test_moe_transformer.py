@@ -147,7 +147,10 @@ def test_parameter_names() -> None:
 
 
 def test_initial_weights_have_the_stated_spread() -> None:
-    config = ModelConfig(vocab_size=500, dim=64, num_layers=8, init_std=0.05, moe=MoEConfig(num_shared_experts=1))
+    moe = MoEConfig(num_shared_experts=1)
+    config = ModelConfig(
+        vocab_size=500, dim=64, num_layers=8, init_std=0.05, embedding_init_std=1.0, tie_embeddings=False, moe=moe
+    )
     model = build(config, {"name": "topk", "init_std": 0.3})
     for name, param in model.named_parameters():
         if "norm" in name:
@@ -155,6 +158,7 @@ def test_initial_weights_have_the_stated_spread() -> None:
             continue
         into_residual = any(part in name for part in (".wo.", "w_down"))
         std = 0.3 if ".gate." in name and ".moe.gate" in name else 0.05 / 4 if into_residual else 0.05
+        std = 1.0 if name == "embed.weight" else std
         assert param.std().item() == pytest.approx(std, rel=0.1), name
         assert abs(param.mean().item()) < 0.2 * std
 
