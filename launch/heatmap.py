@@ -1,7 +1,7 @@
 """Expert load as a picture: layers down, experts across, colour says how far a load is from its layer's mean.
 
-One fixed colour scale everywhere (pictures, TensorBoard, report), so that two pictures can be compared by eye: 1.0 is the mean
-and neutral, below is blue, above is orange, full colour at 0 and at 4 times the mean.
+One fixed colour scale everywhere (pictures, TensorBoard, report), so that two pictures can be compared by eye: 1.0 is
+the mean and neutral, below is blue, above is orange, full colour at 0 and at 4 times the mean.
 
 Names: L MoE layers, E experts. Ratios are load / mean load of the layer.
 """
@@ -22,8 +22,8 @@ MAX_ANNOTATED_CELLS = 128
 
 DPI = 110
 
-# Anchors (position, lightness, chroma, hue in degrees) in OKLCh; lightness is linear on both sides of the middle, so that equal steps
-# look equal. https://bottosson.github.io/posts/oklab/
+# Anchors (position, lightness, chroma, hue in degrees) in OKLCh; lightness is linear on both sides of the middle, so
+# that equal steps look equal. https://bottosson.github.io/posts/oklab/
 _LIGHT_ANCHORS = (
     (0.0, 0.36, 0.125, 262.0),
     (0.5, 0.975, 0.004, 262.0),
@@ -102,9 +102,7 @@ def _oklab_to_srgb(lab: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.round(srgb * 255).astype(np.uint8)
 
 
-def draw_load_heatmap(
-    load_LE: ArrayLike, *, step: int, layers: Sequence[int] | None = None, title: str = "expert load"
-) -> bytes:
+def draw_load_heatmap(load_LE: ArrayLike, *, title: str, layers: Sequence[int] | None = None) -> bytes:
     """The picture as PNG bytes, under 60 kB.
 
     Thread-safe: it uses no pyplot and no other global state of matplotlib.
@@ -122,10 +120,10 @@ def draw_load_heatmap(
     from matplotlib.figure import Figure
     from PIL import Image
 
-    ratio_LE = load_ratio(load_LE)
     counts_LE = np.asarray(load_LE)
-    if ratio_LE.ndim != 2 or 0 in ratio_LE.shape:
-        raise ValueError(f"load_LE must be a matrix of layers x experts, not of shape {ratio_LE.shape}")
+    if counts_LE.ndim != 2 or 0 in counts_LE.shape:
+        raise ValueError(f"load_LE must be a matrix of layers x experts, not of shape {counts_LE.shape}")
+    ratio_LE = load_ratio(counts_LE)
     num_layers, num_experts = ratio_LE.shape
     rows = list(range(num_layers)) if layers is None else list(layers)
     colors = palette() / 255.0

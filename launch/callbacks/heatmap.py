@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from launch.callbacks.base import Callback
+from launch.callbacks.load_window import LoadWindow
 from launch.records import LogRecord, RunInfo
 
 
@@ -23,38 +21,26 @@ class HeatmapWriter(Callback):
     def __init__(self, folder: Path, interval: int) -> None:
         self._folder = folder
         self._interval = interval
-        self._layers: tuple[int, ...] = ()
-        self._load_LE: NDArray[np.int64] | None = None
-        self._step = 0
-        self._drawn_step = 0
+        self._window = LoadWindow()
 
     def on_start(self, info: RunInfo) -> None:
-        self._layers = info.moe_layers
-        self._step = self._drawn_step = info.start_step
+        self._window.start(info)
 
     def on_log(self, record: LogRecord) -> None:
-        if not record.load_LE:
-            return  # a model without MoE layers
-        load_LE = np.asarray(record.load_LE, dtype=np.int64)
-        self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
-        self._step = record.step
+        self._window.add(record)
         # Log and picture intervals need not divide one another: draw when a multiple of the interval has been passed.
-        if self._interval and record.step // self._interval > self._drawn_step // self._interval:
-            self._draw()
+        if self._interval and record.step // self._interval > self._window.first_step // self._interval:
+            self._write()
 
     def on_end(self) -> None:
-        if self._load_LE is not None:
-            self._draw()
+        self._write()
 
-    def _draw(self) -> None:
-        from launch.heatmap import draw_load_heatmap
-
-        assert self._load_LE is not None
-        since = f"expert load, training steps {self._drawn_step + 1:,} to {self._step:,}"
-        png = draw_load_heatmap(self._load_LE, title=since, layers=self._layers)
+    def _write(self) -> None:
+        png = self._window.take_png()
+        if png is None:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step_{self._step:06d}.png"
+        path = self._folder / f"step_{self._window.step:06d}.png"
         partial = path.with_suffix(".partial")
         partial.write_bytes(png)
         os.replace(partial, path)
-        self._load_LE, self._drawn_step = None, self._step
