@@ -19,7 +19,7 @@ from launch.export import TOKENIZER_FOLDER, export_model
 from launch.interrupt import Interrupt
 from launch.optim import build_optimizer
 from launch.records import RunInfo
-from launch.trainer import Trainer, checkpoint_folder, rng_key
+from launch.trainer import COMPUTE_DTYPES, Trainer, checkpoint_folder, rng_key
 from moe import Tokenizer, Transformer
 from moe.config import count_params, flops_per_token
 from moe.errors import CheckpointError, ConfigError, TokenizerError
@@ -155,6 +155,8 @@ def set_determinism(config: TrainConfig) -> None:
     """Seed what is global and, if asked, allow only deterministic kernels."""
     torch.manual_seed(config.run.seed)
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+    # That mode also fills every new tensor, which costs a few percent; nothing here reads memory it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: CheckpointInfo | None) -> TrainConfig:
@@ -237,14 +239,16 @@ def run_info(config: TrainConfig, topology: Topology, trainer: Trainer, data: Pr
     flops = flops_per_token(config.model, config.gate, config.train.seq_len)
     tokens_per_step = config.train.global_batch * config.train.seq_len
     corpus = sum(len(domain.tokens) for domain in data.train)
-    layer = trainer.model.moe_layers()[0][1] if trainer.model.moe_layers() else None
+    layers = trainer.model.moe_layers()
+    compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
+    expert_op, op_reason = layers[0][1].experts.op_choice(compute_dtype) if layers else ("none", "no MoE layer")
     derived = {
         "parameters": f"{counts.total:,} ({counts.active:,} active per token)",
         "experts": f"{config.model.moe.num_experts} per layer, {config.model.num_moe_layers} MoE layers,"
         f" gate {config.gate.name}",
         "compute": f"{config.train.compute_dtype} on {topology.device.type} ({topology.device_reason}),"
         f" {torch.get_num_threads()} thread(s) a rank",
-        "expert op": f"{layer.experts.op} ({layer.experts.op_reason})" if layer else "none",
+        "expert op": f"{expert_op} ({op_reason})",
         "FLOPs per token": f"{flops:,.0f} (forward and backward)",
         "ranks": f"{topology.world_size}, dense parameters {config.parallel.dense}",
         "batch": f"{config.train.global_batch} sequences x {config.train.seq_len} tokens = {tokens_per_step:,} a step",

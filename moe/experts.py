@@ -51,7 +51,7 @@ class Experts(nn.Module):
         """(name, reason) of the op that multiplies rows of ``dtype``; None means the weights' dtype.
 
         Raises:
-            ValueError: grouped_mm was asked for by name and cannot run here.
+            ConfigError: grouped_mm was asked for by name and cannot run here.
         """
         key = (self.w_gate_EDF.device, dtype or self.w_gate_EDF.dtype)
         if key not in self._choices:

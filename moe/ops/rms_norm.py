@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None 
     out_dtype = dtype or x.dtype
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight_D = weight_D.to(wide.dtype)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and torch.is_grad_enabled():
         y = _cpu_rms_norm(wide, weight_D, eps)
     else:
         y = F.rms_norm(wide, (x.shape[-1],), weight_D, eps)

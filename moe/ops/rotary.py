@@ -39,7 +39,9 @@ def apply_rotary(x_BTHd: Tensor, rotary: Rotary) -> Tensor:
     Computed in fp32 at least, returned in the dtype of ``x_BTHd``.
     """
     wide_BTHd = x_BTHd.to(torch.promote_types(x_BTHd.dtype, torch.float32))
-    return _rotate_heads(wide_BTHd, rotary.cos, rotary.sin).to(x_BTHd.dtype)
+    # Outside of training the detour over an autograd function would cost more than the maths of a single token.
+    rotate = _rotate_heads if torch.is_grad_enabled() else _rotated
+    return rotate(wide_BTHd, rotary.cos, rotary.sin).to(x_BTHd.dtype)
 
 
 def apply_rotary_reference(x_BTHd: Tensor, rotary: Rotary) -> Tensor:
@@ -58,14 +60,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, direction: int) -> N
     out_second.addcmul_(first, sin, value=direction)
 
 
+def _rotated(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x_BHTd = x_BTHd.transpose(1, 2)
+    out_BHTd = torch.empty(x_BHTd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
+    _turn(x_BHTd, cos, sin, out_BHTd, 1)
+    return out_BHTd
+
+
 class _RotateHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        x_BHTd = x_BTHd.transpose(1, 2)
-        out_BHTd = torch.empty(x_BHTd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
-        _turn(x_BHTd, cos, sin, out_BHTd, 1)
-        return out_BHTd
+        return _rotated(x_BTHd, cos, sin)
 
     @staticmethod
     @once_differentiable

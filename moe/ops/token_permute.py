@@ -43,6 +43,8 @@ class RowOrder:
 
 def gather_rows(x_TD: Tensor, order: RowOrder) -> Tensor:
     """(T, D) tokens -> (N, D) rows sorted by expert. Its gradient adds up each token's rows."""
+    if not torch.is_grad_enabled():
+        return x_TD.index_select(0, order.token_N)
     return _gather_rows(x_TD, order)
 
 
@@ -61,6 +63,8 @@ def combine_rows(y_ND: Tensor, weight_N: Tensor, order: RowOrder) -> Tensor:
 
     Sums of half-precision rows are formed in fp32 and rounded once.
     """
+    if not torch.is_grad_enabled():
+        return _sum_rows(y_ND, weight_N, order)
     return _combine_rows(y_ND, weight_N, order)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moe import ModelConfig, Tokenizer, Transformer, load_model, save_model
 
-pytestmark = [pytest.mark.peer, pytest.mark.unit]
+pytestmark = pytest.mark.peer
 
 transformers = pytest.importorskip("transformers", reason="pip install 'transformers>=5' to compare with it")
 

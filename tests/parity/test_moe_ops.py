@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gates import RoutingPlan
 from moe.dispatch import LocalDispatcher
+from moe.errors import ConfigError
 from moe.ops import causal_attention as attention
 from moe.ops import token_permute
 from moe.ops.causal_attention import causal_attention_reference, choose_attention_op
@@ -25,8 +26,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def value_and_grads(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output and gradients; the output without gradients, which may take another path, must agree with it."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*leaves), out)
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
@@ -70,6 +74,7 @@ def test_attention_choice_names_its_reason() -> None:
     cpu = torch.device("cpu")
     assert choose_attention_op(cpu, torch.float32, 256, training=True).name == "blocked"
     assert choose_attention_op(cpu, torch.float32, 256, training=False).name == "sdpa"
+    assert choose_attention_op(cpu, torch.float32, 128, training=True) == ("sdpa", "as fast at 128 positions")
     long = choose_attention_op(cpu, torch.float32, 4096, training=True)
     assert long.name == "sdpa"
     assert "4096 positions" in long.reason
@@ -153,7 +158,8 @@ def test_expert_op_choice_names_its_reason() -> None:
     assert odd == ("loop", "grouped_mm cannot run: width 22 is not a multiple of 4 (16 bytes of float32)")
     assert choose_expert_op("auto", cpu, torch.bfloat16, (16, 20)).name == "loop"
     assert "float64" in choose_expert_op("auto", cpu, torch.float64, (16, 24)).reason
-    with pytest.raises(ValueError, match=r"expert_op: grouped_mm cannot run: width 22 .* use expert_op: auto or loop"):
+    message = r"model.moe.expert_op: grouped_mm cannot run: width 22 is not a multiple of 4 .*; use auto or loop"
+    with pytest.raises(ConfigError, match=message):
         choose_expert_op("grouped_mm", cpu, torch.float32, (16, 22))
 
 
