@@ -156,7 +156,7 @@ def set_determinism(config: TrainConfig) -> None:
     torch.manual_seed(config.run.seed)
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
     # That mode also fills every new tensor, which costs a few percent; nothing here reads memory it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: CheckpointInfo | None) -> TrainConfig:
@@ -273,6 +273,8 @@ def run_info(config: TrainConfig, topology: Topology, trainer: Trainer, data: Pr
 def resume_command(topology: Topology, run_dir: Path) -> str:
     """The command line that continues this run."""
     program = "python launch/train.py"
+    nodes = topology.world_size // topology.local_world_size
     if topology.world_size > 1:
-        program = f"torchrun --nproc-per-node {topology.local_world_size} launch/train.py"
+        several = f"--nnodes {nodes} " if nodes > 1 else ""
+        program = f"torchrun {several}--nproc-per-node {topology.local_world_size} launch/train.py"
     return f"{program} --resume {run_dir}"

@@ -188,6 +188,26 @@ def test_same_seed_same_curve_other_seed_other_curve(corpus: Path, uninterrupted
     assert losses(only_run(tmp_path / "other"))[1] != losses(uninterrupted)[1]
 
 
+def test_two_nodes_on_loopback_give_the_curve_of_one_node(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    rendezvous = [f"--master-port={free_port()}", "--master-addr=127.0.0.1", "--nnodes=2", "--nproc-per-node=1"]
+    args = options(corpus, tmp_path, "train.steps=12", "train.stop_after=3", "checkpoint.interval=0")
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--node-rank={n}", "launch/train.py", *args],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert "torchrun --nnodes 2 --nproc-per-node 1 launch/train.py --resume" in outputs[0]
+    assert losses(only_run(tmp_path)) == {step: losses(uninterrupted)[step] for step in (1, 2, 3)}
+
+
 def test_one_interrupt_saves_and_prints_the_resume_command(corpus: Path, tmp_path: Path) -> None:
     process = start(1, *options(corpus, tmp_path, "train.steps=100000"))
     run_dir = wait_for_step(process, tmp_path, 3)
