@@ -6,59 +6,33 @@ where (file:line or "command line"), the dotted path, what is wrong, the nearest
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args, get_origin
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from gates import gate_names, gate_type
+from gates import build_gate, gate_names, gate_type
 from launch.config import TrainConfig
+from launch.config_layers import COMMAND_LINE, RECIPES, Layers, find_config, merge_file, settle_unquoted
+from launch.config_problems import describe, locate, mistyped_booleans, wants_text
 from moe.errors import ConfigError
 
-RECIPES = Path(__file__).parent / "configs"
-COMMAND_LINE = "command line"
-PathKeys = tuple[str | int, ...]
-
-STRUCTURE = (
-    "model.vocab_size",
-    "model.dim",
-    "model.num_layers",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.qk_norm",
-    "model.tie_embeddings",
-    "model.num_dense_layers",
-    "model.dense_hidden_dim",
-    "model.moe.num_experts",
-    "model.moe.hidden_dim",
-    "model.moe.num_shared_experts",
-    "gate.name",
-    "data.tokenizer.kind",
-    "data.tokenizer.vocab_size",
-)
-"""Options that a checkpoint depends on: a resumed run must not change them."""
-
-
-@dataclass
-class Layers:
-    """Plain values as merged so far and where each of them was set."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[PathKeys, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def origin(self, keys: PathKeys) -> str:
-        """Where ``keys`` or its nearest ancestor was set; "default" when nowhere."""
-        for length in range(len(keys), 0, -1):
-            if keys[:length] in self.origins:
-                return self.origins[keys[:length]]
-        return "default"
+__all__ = [
+    "COMMAND_LINE",
+    "RECIPES",
+    "ResolvedConfig",
+    "config_from_values",
+    "dump_config",
+    "find_config",
+    "flatten",
+    "load_config",
+    "schema",
+    "structural_difference",
+]
 
 
 @dataclass(frozen=True)
@@ -70,27 +44,29 @@ class ResolvedConfig:
     notes: Sequence[str]
 
 
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> ResolvedConfig:
+def load_config(path: str | None, overrides: Sequence[str] = (), *, world_size: int | None = None) -> ResolvedConfig:
     """Read a config.
 
     Args:
         path: a YAML file, the bare name of a shipped recipe ("tiny"), or None for defaults.
-        overrides: ``dotted.path=value`` each, the value parsed as YAML.
+        overrides: ``dotted.path=value`` each, the value parsed as YAML. A new ``gate.name`` counts first, wherever it
+            stands among them.
+        world_size: ranks that will train; None takes torchrun's WORLD_SIZE, or 1.
 
     Raises:
         ConfigError: with all problems.
     """
-    layers = Layers()
+    layers = _new_layers()
     if path is not None:
-        _merge_file(layers, find_config(path), seen=())
-    return _resolve(layers, overrides)
+        merge_file(layers, find_config(path))
+    return _resolve(layers, overrides, world_size)
 
 
 def config_from_values(values: Mapping[str, Any], overrides: Sequence[str], *, origin: str) -> TrainConfig:
     """A config from stored plain values plus overrides; ``origin`` names their source in errors."""
-    layers = Layers()
-    _merge(layers, dict(values), (), lambda _keys: origin)
-    return _resolve(layers, overrides).config
+    layers = _new_layers()
+    layers.merge(values, lambda _keys: origin)
+    return _resolve(layers, overrides, None).config
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -99,12 +75,20 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a run's config, with the options of every registered gate under ``$defs``."""
+    """JSON Schema of a config file, with the options of every registered gate under ``$defs``."""
     result = TrainConfig.model_json_schema()
     gates = {name: gate_type(name).config_type.model_json_schema() for name in gate_names()}
-    result.setdefault("$defs", {}).update({f"gate:{name}": value for name, value in gates.items()})
-    result["properties"]["gate"] = {"oneOf": [{"$ref": f"#/$defs/gate:{name}"} for name in gates]}
-    return result
+    definitions = result.setdefault("$defs", {})
+    definitions.pop("GateConfig", None)
+    for name, gate in gates.items():
+        definitions.update(gate.pop("$defs", {}))
+        # Without a name a mapping would fit every gate; the default gate's may be left out.
+        required = set(gate.get("required", ())) | ({"name"} if name != TrainConfig().gate.name else set())
+        definitions[f"gate:{name}"] = gate | ({"required": sorted(required)} if required else {})
+    by_name = {"type": "string", "enum": list(gates)}
+    result["properties"]["gate"] = {"anyOf": [by_name, *({"$ref": f"#/$defs/gate:{name}"} for name in gates)]}
+    result["properties"]["extends"] = {"type": "string", "description": "a config file that this one changes"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
 
 
 def structural_difference(old: TrainConfig, new: TrainConfig) -> tuple[list[str], list[str]]:
@@ -113,14 +97,23 @@ def structural_difference(old: TrainConfig, new: TrainConfig) -> tuple[list[str]
     Returns:
         (differences that make a checkpoint of ``old`` unusable for ``new``, all other differences).
     """
+    shapes_before, shapes_after = _shapes(old), _shapes(new)
+    compared = [path for path in shapes_before if not _left_to_the_fingerprint(path, old, new)]
+    structural = [
+        f"{path}: {shapes_before[path]!r} -> {shapes_after[path]!r}"
+        for path in compared
+        if shapes_before[path] != shapes_after[path]
+    ]
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    structural: list[str] = []
+    other_gate = old.gate.name == new.gate.name and _gate_state(old) != _gate_state(new)
     other: list[str] = []
     for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path):
-            line = f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
-            (structural if path in STRUCTURE else other).append(line)
-    return structural, other
+        if path in compared or before.get(path) == after.get(path):
+            continue
+        line = f"{path}: {before.get(path)!r} -> {after.get(path)!r}"
+        # Any of the gate's options may be the one that gave it other tensors.
+        (structural if other_gate and path.startswith("gate.") else other).append(line)
+    return sorted(structural), other
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,201 +127,65 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_config(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped recipe. ConfigError with the nearest name."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    recipe = RECIPES / f"{name}.yaml"
-    if recipe.is_file():
-        return recipe
-    shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    beside = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(name, [*beside, *shipped], n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError([f"--config {name}: there is no such file.{hint} Shipped recipes: {', '.join(shipped)}"])
+def _shapes(config: TrainConfig) -> dict[str, object]:
+    """Options that a checkpoint's tensors depend on, with what null stands for filled in."""
+    model, tokenizer = config.model, config.data.tokenizer
+    return {
+        "model.vocab_size": model.vocab_size,
+        "model.dim": model.dim,
+        "model.num_layers": model.num_layers,
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "model.head_dim": model.width_per_head,
+        "model.qk_norm": model.qk_norm,
+        "model.tie_embeddings": model.tie_embeddings,
+        "model.num_dense_layers": model.num_dense_layers,
+        "model.dense_hidden_dim": model.dense_width(config.gate) if model.num_dense_layers else None,
+        "model.moe.num_experts": model.moe.num_experts,
+        "model.moe.hidden_dim": model.moe.hidden_dim,
+        "model.moe.num_shared_experts": model.moe.num_shared_experts,
+        "gate.name": config.gate.name,
+        "data.tokenizer.kind": tokenizer.kind,
+        "data.tokenizer.vocab_size": tokenizer.vocab_size if tokenizer.kind == "bpe" else None,
+    }
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def _left_to_the_fingerprint(path: str, old: TrainConfig, new: TrainConfig) -> bool:
+    """Whether only the data can tell: a tokenizer file may well be the one that the checkpoint was trained with, and
+    ``model.vocab_size: null`` is what the tokenizer has."""
+    if path.startswith("data.tokenizer."):
+        return "file" in (old.data.tokenizer.kind, new.data.tokenizer.kind)
+    return path == "model.vocab_size" and None in (old.model.vocab_size, new.model.vocab_size)
 
 
-def _merge_file(layers: Layers, path: Path, seen: tuple[Path, ...]) -> None:
-    resolved = path.resolve()
-    if resolved in seen:
-        raise ConfigError([f"{path}  extends: the chain of parents comes back to this file"])
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}  cannot be read: {error}"]) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError([f"{path}:{line}  is not valid YAML: {error.problem}"]) from error
-    if node is None:
-        return
-    lines: dict[PathKeys, int] = {}
-    values = _plain(node, (), lines)
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path}:1  a config is a mapping of sections, this file holds a {type(values).__name__}"])
-    parent = values.pop("extends", None)
-    if parent is not None:
-        parent_path = path.parent / str(parent)
-        _merge_file(layers, parent_path if parent_path.is_file() else find_config(str(parent)), (*seen, resolved))
-    _merge(layers, values, (), lambda keys: f"{path}:{lines.get(keys, 1)}")
+def _gate_state(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the gate keeps, found out without memory for any."""
+    with torch.device("meta"):
+        gate = build_gate(config.gate, config.model.dim, config.model.moe.num_experts)
+    return {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
 
 
-def _plain(node: yaml.Node, keys: PathKeys, lines: dict[PathKeys, int]) -> Any:
-    """Plain values of a YAML node; fills ``lines`` with the 1-based line of every path."""
-    lines[keys] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        result = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            result[key] = _plain(value_node, (*keys, key), lines)
-            lines[(*keys, key)] = key_node.start_mark.line + 1
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*keys, index), lines) for index, item in enumerate(node.value)]
-    return yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
+def _new_layers() -> Layers:
+    defaults = TrainConfig()
+    return Layers(defaults=defaults.model_dump(mode="json"), default_gate=defaults.gate.name)
 
 
-def _merge(layers: Layers, values: Mapping[str, Any], keys: PathKeys, origin: Any) -> None:
-    """Lay ``values`` over what is there; mappings merge, everything else replaces."""
-    target: Any = layers.values
-    for key in keys:
-        target = target[key]
-    for name, value in values.items():
-        path = (*keys, name)
-        if path == ("gate",):
-            value = {"name": value} if isinstance(value, str) else value
-            _drop_former_gate(layers, value, origin(path))
-        if isinstance(value, Mapping):
-            if not isinstance(target.get(name), dict):
-                target[name] = {}
-            layers.origins[path] = origin(path)
-            _merge(layers, value, path, origin)
-        else:
-            target[name] = value
-            for known in [k for k in layers.origins if k[: len(path)] == path]:
-                del layers.origins[known]
-            layers.origins[path] = origin(path)
-            if isinstance(value, list):
-                for index, item in enumerate(value):
-                    layers.origins[(*path, index)] = origin((*path, index))
-                    for key in item if isinstance(item, dict) else ():
-                        layers.origins[(*path, index, key)] = origin((*path, index, key))
-
-
-def _drop_former_gate(layers: Layers, value: Any, where: str) -> None:
-    """A new gate name makes the former gate's options meaningless: drop them and say so."""
-    former = layers.values.get("gate")
-    if not (isinstance(former, dict) and isinstance(value, Mapping)):
-        return
-    new_name = value.get("name", former.get("name"))
-    if new_name == former.get("name"):
-        return
-    dropped = sorted(key for key in former if key != "name")
-    if dropped:
-        layers.notes.append(f"{where}: gate {new_name!r} replaces {former.get('name')!r}; dropped {', '.join(dropped)}")
-    layers.values["gate"] = {"name": new_name}
-    for keys in [k for k in layers.origins if k[0] == "gate"]:
-        del layers.origins[keys]
-
-
-def _apply_override(layers: Layers, text: str) -> str | None:
-    """Apply ``path=value``; returns a problem or None."""
-    path, equals, raw = text.partition("=")
-    if not equals or not path:
-        return f"{COMMAND_LINE}  {text!r}: expected path.to.option=value"
-    try:
-        value = yaml.safe_load(raw) if raw else ""
-    except yaml.YAMLError as error:
-        return f"{COMMAND_LINE}  {path}: the value is not valid YAML: {str(error).splitlines()[0]}"
-    keys: list[str | int] = [int(part) if part.isdigit() else part for part in path.split(".")]
-    if keys[0] == "gate":  # through _merge, which knows what a new name means
-        nested: Any = value
-        for key in reversed(keys):
-            nested = {key: nested}
-        _merge(layers, nested, (), lambda _keys: COMMAND_LINE)
-        return None
-    target: Any = layers.values
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(target, list):
-            if not isinstance(key, int) or key >= len(target):
-                return f"{COMMAND_LINE}  {path}: {'.'.join(map(str, keys[:depth]))} has {len(target)} items, no {key!r}"
-            target = target[key]
-        else:
-            if not isinstance(target.get(key), (dict, list)):
-                target[key] = {}
-            target = target[key]
-    last = keys[-1]
-    if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
-        return f"{COMMAND_LINE}  {path}: there is no item {last!r}"
-    target[last] = value
-    for known in [k for k in layers.origins if k[: len(keys)] == tuple(keys)]:
-        del layers.origins[known]
-    layers.origins[tuple(keys)] = COMMAND_LINE
-    return None
-
-
-# --- checking ---------------------------------------------------------------------------------------------------------
-
-
-def _resolve(layers: Layers, overrides: Sequence[str]) -> ResolvedConfig:
-    problems = [problem for text in overrides if (problem := _apply_override(layers, text))]
-    if "gate" in layers.values and isinstance(layers.values["gate"], dict):
-        layers.values["gate"].setdefault("name", TrainConfig().gate.name)
+def _resolve(layers: Layers, overrides: Sequence[str], world_size: int | None) -> ResolvedConfig:
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    first = ("gate", "gate.name")
+    in_order = sorted(overrides, key=lambda text: text.partition("=")[0] not in first)
+    problems = [problem for text in in_order if (problem := layers.override(text))]
+    if isinstance(layers.values.get("gate"), dict):
+        layers.values["gate"].setdefault("name", layers.default_gate)
+    layers.values = settle_unquoted(layers.values, lambda keys: wants_text(keys, layers.values))
+    for keys in list(mistyped_booleans(layers.values)):
+        problems.append(f"{layers.origin(keys)}  {'.'.join(map(str, keys))}: must not be true or false")
     try:
         config = TrainConfig.model_validate(layers.values)
     except ValidationError as error:
-        problems += [_describe(layers, dict(item)) for item in error.errors()]
-        raise ConfigError(problems) from error
-    for problem in config.check(int(os.environ.get("WORLD_SIZE", "1"))):
-        keys = tuple(problem.partition(":")[0].split("."))
-        problems.append(f"{layers.origin(keys)}  {problem}")
+        raise ConfigError(problems + describe(layers, error, ranks)) from error
+    problems += [locate(layers, problem) for problem in config.check(ranks)]
     if problems:
         raise ConfigError(problems)
     leaves = flatten(config.model_dump(mode="json"))
-    origins = {path: layers.origin(tuple(path.split("."))) for path in leaves}
-    return ResolvedConfig(config, origins, layers.notes)
-
-
-def _describe(layers: Layers, error: dict[str, Any]) -> str:
-    """One pydantic error as one line."""
-    keys: PathKeys = tuple(error["loc"])
-    path = ".".join(map(str, keys)) or "config"
-    where = layers.origin(keys)
-    if error["type"] == "extra_forbidden":
-        owner = _model_at(keys[:-1], layers.values)
-        known = sorted(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(str(keys[-1]), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        of = f" of gate {layers.values['gate']['name']!r}" if keys[0] == "gate" else ""
-        return f"{where}  {path}: unknown option{of}.{hint} Known: {', '.join(known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if keys == ("gate",) and "unknown gate" in message:
-        path = "gate.name"
-        where = layers.origin(("gate", "name"))
-    given = error.get("input")
-    shown = "" if isinstance(given, (dict, list)) or error["type"] == "missing" else f" (given: {given!r})"
-    return f"{where}  {path}: {message}{shown}"
-
-
-def _model_at(keys: PathKeys, values: Mapping[str, Any]) -> type[BaseModel] | None:
-    """The config class that holds the options under ``keys``."""
-    model: type[BaseModel] = TrainConfig
-    for key in keys:
-        if key == "gate":
-            return gate_type(values["gate"]["name"]).config_type
-        if isinstance(key, int):
-            continue  # an item of a list, whose class was entered with the list's name
-        found = model.model_fields.get(str(key))
-        if found is None:
-            return None
-        annotation = found.annotation
-        if get_origin(annotation) is list:
-            annotation = get_args(annotation)[0]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return None
-        model = annotation
-    return model
+    return ResolvedConfig(config, {path: layers.origin_of_leaf(path) for path in leaves}, layers.notes)

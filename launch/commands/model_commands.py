@@ -1,0 +1,184 @@
+"""generate, chat, serve: a trained model at work."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launch.conversation import Conversation
+    from moe.checkpoint import LoadedModel
+
+PANEL = "Use a model"
+
+Model = Annotated[str, typer.Argument(metavar="RUN|MODEL_DIR", help="A run, or an exported model.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Keep this many likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
+
+CHAT_HELP = "/reset forget the conversation   /stats speed and context   /quit leave   Ctrl-C stop the answer"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("generate", rich_help_panel=PANEL)(generate)
+    app.command("chat", rich_help_panel=PANEL)(chat)
+    app.command("serve", rich_help_panel=PANEL)(serve)
+
+
+def generate(
+    path: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin; none begins a text.")] = "",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = None,
+    seed: Seed = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many continuations.")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about speed on stderr.")] = False,
+) -> None:
+    """Continue a text."""
+    from launch.conversation import Speed, stream_text
+    from moe.generate import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = _load(path)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(text) if text else [tokenizer.eos_id]
+    speed = Speed()
+    for number in range(count):
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=None if seed is None else seed + number,
+        )
+        if number:
+            print("\n---")
+        print(text, end="", flush=True)
+        for piece in stream_text(loaded, ids, params, (), speed):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    if not quiet:
+        print(f"[{speed.tokens} tokens, {speed.tokens_per_s:,.0f} tokens/s]", file=sys.stderr)
+
+
+def chat(
+    path: Model,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = None,
+    seed: Seed = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
+) -> None:
+    """Talk with a model in the terminal."""
+    from launch.conversation import Conversation
+    from moe.generate import SamplingParams
+
+    loaded = _load(path)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    conversation = Conversation(loaded, params, system)
+    if loaded.tokenizer.chat_template is None:
+        print("This model has no chat template: it continues a plain dialogue and may not behave like an assistant.")
+    print(CHAT_HELP)
+    while _one_turn(conversation, loaded):
+        pass
+
+
+def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
+    """Read a line and answer it; False when the user leaves."""
+    from moe.errors import UserError
+
+    try:
+        line = input("\nyou> ").strip()
+    except EOFError:
+        print()
+        return False
+    except KeyboardInterrupt:
+        print("\n(/quit leaves)")
+        return True
+    if not line:
+        return True
+    if line.startswith("/"):
+        return _command(line, conversation, loaded)
+    answer = conversation.answer(line)
+    try:
+        print("model> ", end="", flush=True)
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except UserError as error:
+        print(f"error: {error}")
+    finally:
+        answer.close()
+    if conversation.forgotten:
+        print(f"(the first {conversation.forgotten} messages no longer fit into the context)")
+    return True
+
+
+def _command(line: str, conversation: Conversation, loaded: LoadedModel) -> bool:
+    if line in ("/quit", "/exit"):
+        return False
+    if line == "/reset":
+        conversation.reset()
+        print("(forgotten)")
+    elif line == "/stats":
+        speed = conversation.speed
+        print(
+            f"{conversation.turns} messages; last prompt {speed.prompt_tokens:,} of {loaded.config.max_seq_len:,} tokens,"
+            f" first token after {speed.first_token_s:.2f} s; {speed.tokens:,} tokens at {speed.tokens_per_s:,.0f}/s"
+        )
+    else:
+        print(f"(no command {line}) {CHAT_HELP}")
+    return True
+
+
+def serve(
+    path: Model,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", help="0 takes any free port.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="Model name in requests; the run's unless given.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", envvar="MOEYARD_API_KEYS", help="Accepted key; repeat for more. None: no key needed."
+        ),
+    ] = None,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Waiting requests; more get 429.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Compute threads; all cores but one unless given.")
+    ] = None,
+    drain_s: Annotated[
+        float, typer.Option("--drain", min=0, help="Seconds for running requests after a signal.")
+    ] = 30.0,
+    access_log: Annotated[bool, typer.Option(help="One line per request on stderr.")] = True,
+) -> int:
+    """Serve a model over HTTP, with OpenAI's API."""
+    from serve.hosts.embedded import serve_model
+
+    return serve_model(
+        path,
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        max_queue=max_queue,
+        threads=threads,
+        name=name,
+        drain_s=drain_s,
+        access_log=access_log,
+    )
+
+
+def _load(path: str) -> LoadedModel:
+    from launch.run_dir import resolve_model_dir
+    from moe.checkpoint import load_model
+
+    return load_model(resolve_model_dir(path))

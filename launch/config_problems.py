@@ -1,0 +1,188 @@
+"""What is wrong with a config, one line a problem: where, the dotted path, what, the nearest name, what is allowed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from gates import gate_names, gate_type
+from launch.config import TrainConfig
+from launch.config_layers import Layers, PathKeys
+
+# A combination is judged only when nothing that it looks at is wrong by itself.
+_LOOKS_AT = {"gate": {"gate", "model"}, "train": {"train", "model"}}
+
+
+def describe(layers: Layers, error: ValidationError, world_size: int) -> list[str]:
+    """Every problem of ``layers.values`` as a line: those that ``error`` found, and wrong combinations of the rest."""
+    items = error.errors(include_url=False)
+    problems = [_line(layers, item) for item in items]
+    wrong = {str(item["loc"][0]) for item in items if item["loc"]}
+    repaired = copy.deepcopy(layers.values)
+    for item in items:
+        _remove(repaired, item["loc"])
+    try:
+        config = TrainConfig.model_validate(repaired)
+    except ValidationError:
+        return problems
+    for problem in config.check(world_size):
+        section = problem.partition(".")[0]
+        if not wrong & _LOOKS_AT.get(section, {section}):
+            problems.append(locate(layers, problem))
+    return problems
+
+
+def locate(layers: Layers, problem: str) -> str:
+    """``"path: message"`` with the place where the path was set."""
+    keys: PathKeys = tuple(problem.partition(":")[0].split("."))
+    return f"{layers.origin(keys)}  {problem}"
+
+
+def mistyped_booleans(values: Mapping[str, Any]) -> Iterator[PathKeys]:
+    """Paths where true or false stands for a number; pydantic would take true for 1."""
+
+    def walk(section: Mapping[str, Any], keys: PathKeys) -> Iterator[PathKeys]:
+        for name, value in section.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, (*keys, name))
+            elif isinstance(value, bool):
+                found = field_at((*keys, name), values)
+                kinds = set(_leaf_types(found.annotation)) if found is not None else set()
+                if kinds & {int, float} and bool not in kinds:
+                    yield (*keys, name)
+
+    return walk(values, ())
+
+
+def wants_text(keys: PathKeys, values: Mapping[str, Any]) -> bool:
+    """Whether the option at ``keys`` takes text and no number or truth value."""
+    found = field_at(keys, values)
+    kinds = set(_leaf_types(found.annotation)) if found is not None else set()
+    return str in kinds and not kinds & {int, float, bool}
+
+
+def field_at(keys: PathKeys, values: Mapping[str, Any]) -> FieldInfo | None:
+    """The config field that ``keys`` names; None when there is none."""
+    owner = _owner(keys[:-1], values)
+    return owner.model_fields.get(str(keys[-1])) if owner else None
+
+
+def _line(layers: Layers, error: ErrorDetails) -> str:
+    """One pydantic error."""
+    keys: PathKeys = error["loc"]
+    path = ".".join(map(str, keys)) or "config"
+    where = layers.origin(keys)
+    kind, message = error["type"], str(error["msg"]).removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{where}  {path}: {_unknown_option(keys, layers.values)}"
+    if kind == "missing":
+        return f"{where}  {path}: is missing"
+    if keys == ("gate",) and "unknown gate" in message:
+        where, path = layers.origin(("gate", "name")), "gate.name"
+    hint = ""
+    if kind == "literal_error" and isinstance(error["input"], str):
+        hint = _did_you_mean(error["input"], _choices(field_at(keys, layers.values)))
+    elif kind.startswith(("model_type", "model_attributes_type", "dict_type")):
+        message = "is a section of options, not a single value"
+    message = message.replace("Input should be", "must be", 1)
+    given = error.get("input")
+    shown = "" if isinstance(given, (dict, list)) or "unknown gate" in message else f" (given: {given!r})"
+    return f"{where}  {path}: {message}{shown}{'.' * bool(hint)}{hint}"
+
+
+def _unknown_option(keys: PathKeys, values: Mapping[str, Any]) -> str:
+    owner = _owner(keys[:-1], values)
+    known = sorted(owner.model_fields) if owner else []
+    of_gate = f" of gate {_gate_name(values)!r}" if keys[0] == "gate" else ""
+    hint = _did_you_mean(str(keys[-1]), known)
+    if not hint:  # the right name in the wrong section
+        elsewhere = [path for path in option_paths(values) if path.rpartition(".")[2] == str(keys[-1])]
+        hint = _did_you_mean(elsewhere[0], elsewhere) if elsewhere else ""
+    what = "section" if len(keys) == 1 else "option"
+    return f"unknown {what}{of_gate}.{hint} Known: {', '.join(known)}"
+
+
+def option_paths(values: Mapping[str, Any] | None = None) -> list[str]:
+    """Dotted paths of all options; those of the gate that ``values`` names, or of the default gate."""
+    return sorted(_option_paths(TrainConfig, values or {}, ""))
+
+
+def _option_paths(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, found in model.model_fields.items():
+        inner = _gate_options(values) if not prefix and name == "gate" else _section_type(found.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _option_paths(inner, values, f"{prefix}{name}.")
+
+
+def _owner(keys: PathKeys, values: Mapping[str, Any]) -> type[BaseModel] | None:
+    """The config class whose fields stand under ``keys``; None when there is none."""
+    model: type[BaseModel] = TrainConfig
+    for depth, key in enumerate(keys):
+        if isinstance(key, int):
+            continue  # an item of a list, whose class was entered with the list's name
+        if depth == 0 and key == "gate":
+            found = _gate_options(values)
+        else:
+            info = model.model_fields.get(key)
+            found = _section_type(info.annotation, inside_lists=True) if info else None
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _gate_name(values: Mapping[str, Any]) -> str:
+    gate = values.get("gate")
+    name = gate.get("name") if isinstance(gate, Mapping) else gate
+    return name if isinstance(name, str) else TrainConfig().gate.name
+
+
+def _gate_options(values: Mapping[str, Any]) -> type[BaseModel] | None:
+    name = _gate_name(values)
+    return gate_type(name).config_type if name in gate_names() else None
+
+
+def _section_type(annotation: Any, *, inside_lists: bool = False) -> type[BaseModel] | None:
+    if inside_lists and get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _leaf_types(annotation: Any) -> Iterator[type]:
+    """Plain types that an annotation allows; a Literal counts as the types of its values."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        yield from (type(value) for value in get_args(annotation))
+    elif origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _leaf_types(part)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+def _choices(found: FieldInfo | None) -> list[str]:
+    annotation = found.annotation if found else None
+    return [value for value in get_args(annotation) if isinstance(value, str)]
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _remove(values: Any, keys: PathKeys) -> None:
+    """Take the value at ``keys`` out; of a list the whole list, for its length and order mean something."""
+    end = next((place for place, key in enumerate(keys) if isinstance(key, int)), len(keys))
+    for key in keys[: end - 1]:
+        values = values.get(key) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(keys[end - 1] if end else None, None)

