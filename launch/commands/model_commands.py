@@ -132,10 +132,9 @@ def _command(line: str, conversation: Conversation, loaded: LoadedModel) -> bool
         print("(forgotten)")
     elif line == "/stats":
         speed = conversation.speed
-        print(
-            f"{conversation.turns} messages; last prompt {speed.prompt_tokens:,} of {loaded.config.max_seq_len:,} tokens,"
-            f" first token after {speed.first_token_s:.2f} s; {speed.tokens:,} tokens at {speed.tokens_per_s:,.0f}/s"
-        )
+        prompt = f"last prompt {speed.prompt_tokens:,} of {loaded.config.max_seq_len:,} tokens"
+        answers = f"{speed.tokens:,} tokens at {speed.tokens_per_s:,.0f}/s"
+        print(f"{conversation.turns} messages; {prompt}, first token after {speed.first_token_s:.2f} s; {answers}")
     else:
         print(f"(no command {line}) {CHAT_HELP}")
     return True
