@@ -17,7 +17,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 def export_model(model: Transformer, tokenizer: Tokenizer, config: TrainConfig, step: int, out: Path) -> Path:
     """Write ``model`` as a Hugging Face directory at ``out``, with the training config beside it; returns ``out``."""
-    extra = {"train_config": config.model_dump(mode="json"), "step": step}
+    extra = {"name": config.run.name, "train_config": config.model_dump(mode="json"), "step": step}
     save_model(out, model, tokenizer, extra=extra)
     return out
 

@@ -41,7 +41,16 @@ def find_model_dir(path: Path) -> Path:
 
 
 def model_name(model_dir: Path) -> str:
-    """The name that requests use: the run's for the model of a run, else the folder's own."""
+    """The name that requests use: the one that the model was exported with, else its folder's or its run's folder's.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    own = _read_object(model_dir / "config.json").get("moeyard")
+    extra = own.get("extra") if isinstance(own, dict) else None
+    name = extra.get("name") if isinstance(extra, dict) else None
+    if isinstance(name, str) and name:
+        return name
     resolved = model_dir.resolve()
     return resolved.parent.name if resolved.name == "model" and resolved.parent.name else resolved.name
 

@@ -32,6 +32,8 @@ def test_a_run_stands_for_its_exported_model(tmp_path: Path) -> None:
     assert find_model_dir(model) == model
     assert model_name(model) == "tiny-1"
     assert model_name(write(tmp_path / "exported")) == "exported"
+    named = write(tmp_path / "tiny-2" / "model", config={"moeyard": {"extra": {"name": "tiny"}}})
+    assert model_name(named) == "tiny"
 
 
 def test_missing_models_say_what_to_do(tmp_path: Path) -> None:
