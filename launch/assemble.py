@@ -85,6 +85,8 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             interrupt=interrupt,
         )
         restored = restore(trainer, checkpoint) if checkpoint else None
+        if args.resume and not checkpoint:
+            restored = f"no run named {config.run.name!r} under {config.run.root} has a checkpoint: beginning a new one"
         info = run_info(config, topology, trainer, data, run_dir)
         for callback in callbacks:
             callback.on_start(info)

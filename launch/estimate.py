@@ -1,8 +1,9 @@
 """What a run will need, from its options alone: parameters, FLOPs, memory, traffic, disk. No module is built.
 
 Memory is counted per rank for plain data parallel training. Activations are what autograd keeps for the backward pass
-of one micro-batch, summed over the operations of ``moe/transformer.py``; a test compares the sum with what torch
-really keeps. Not counted: Python and torch themselves (about 0.3 GiB a process) and short-lived buffers.
+of one micro-batch, summed over the operations of ``moe/transformer.py``, at the moment when backward begins; a test
+compares the sum with what torch really keeps. Not counted: Python and torch themselves (about 0.3 GiB a process) and
+the short-lived buffers of single operations, of which a matrix's gradient before it is added up is the largest.
 
 Names: L layers, D width, E experts, F expert hidden width, K experts per token, H query heads, G key-value heads,
 d head width, S sequence length, V vocabulary, W ranks.
@@ -26,6 +27,8 @@ from moe.ops.causal_attention import choose_attention_op
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INDEX_BYTES = 8
+ATTENTION_BLOCK = 64
+"""Positions of one block of ``moe/ops/causal_attention.py``."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,11 @@ def tokenizer_vocab_size(config: TokenizerConfig) -> int:
 
 
 def activation_bytes(config: TrainConfig, tokens: int, vocab_size: int, device: str) -> int:
-    """Bytes that autograd keeps for the backward pass of one micro-batch of ``tokens`` tokens."""
+    """Bytes at the peak of one micro-batch of ``tokens`` tokens: what autograd keeps, and the first gradients.
+
+    The peak is where backward begins, at the scores, whose gradient and that of their log-softmax stand beside them.
+    With recompute it may also be where the largest block is whole again.
+    """
     model = config.model
     narrow = COMPUTE_DTYPES[config.train.compute_dtype].itemsize
     wide = max(4, narrow)  # residual stream, norms, gate and loss are fp32 at least
@@ -150,27 +157,34 @@ def activation_bytes(config: TrainConfig, tokens: int, vocab_size: int, device: 
     moe = _moe_bytes(config, narrow, wide)
     dense = 4 * model.dense_width(config.gate) * narrow
     blocks = [attention + (moe if i in model.moe_layer_indices() else dense) for i in range(model.num_layers)]
-    kept_per_token = sum(blocks)
-    if model.recompute == "block":
-        # Each block keeps its input and its choice of experts; in backward one block at a time is whole again.
-        chosen = config.gate.experts_per_token(model.moe.num_experts)
-        inputs = model.num_layers * model.dim * wide + model.num_moe_layers * chosen * 6 * INDEX_BYTES
-        kept_per_token = inputs + max(blocks)
-    # The final norm's input and output; scores and their log-softmax.
-    head_per_token = model.dim * (wide + narrow) + 2 * vocab_size * wide
-    return math.ceil(tokens * (kept_per_token + head_per_token)) + _cast_weight_bytes(config, vocab_size)
+    scores = vocab_size * wide
+    final_norm = model.dim * (wide + narrow)
+    head_copy, *block_copies = _cast_weight_bytes(config, vocab_size)
+    if model.recompute == "none":
+        return math.ceil(tokens * (sum(blocks) + final_norm + 4 * scores)) + head_copy + sum(block_copies)
+    # Each block keeps its input, its choice of experts and its scores; in backward one block at a time is whole again,
+    # with the gradients of its output and of its experts' rows. The model's output still holds the scores then.
+    chosen = config.gate.experts_per_token(model.moe.num_experts)
+    routing = chosen * 6 * INDEX_BYTES + model.moe.num_experts * wide
+    inputs = tokens * (model.num_layers * model.dim * wide + model.num_moe_layers * routing)
+    rows = (2 * chosen if model.num_moe_layers else 1) * model.dim * wide
+    again = max(tokens * block + copy for block, copy in zip(blocks, block_copies, strict=True))
+    at_the_head = tokens * (final_norm + 4 * scores) + head_copy
+    return math.ceil(inputs + max(at_the_head, tokens * (scores + rows) + again))
 
 
 def _attention_bytes(config: TrainConfig, narrow: int, wide: int, device: str) -> float:
     """Per token: both norms' inputs and outputs, queries, keys, values, output; probabilities if the op keeps them."""
     model, seq_len, dtype = config.model, config.train.seq_len, COMPUTE_DTYPES[config.train.compute_dtype]
     heads, kv_heads, width = model.num_heads, model.kv_heads, model.width_per_head
-    norms = 2 * model.dim * (wide + narrow)
-    before_norm = (heads + kv_heads) * width * wide if model.qk_norm else 0
+    norms = 2 * (model.dim * (wide + narrow) + wide)
+    before_norm = (heads + kv_heads) * (width + 1) * wide if model.qk_norm else 0
+    # The output projection's input is a copy of the output with positions before heads.
     projections = (2 * heads + 2 * kv_heads) * width * narrow
     op = choose_attention_op(torch.device(device), dtype, seq_len, training=True)
-    probabilities = heads * seq_len / 2 * narrow if op.name == "blocked" else 0
-    return norms + before_norm + projections + probabilities
+    if op.name == "blocked":  # a block row reaches to the end of its diagonal block
+        return norms + before_norm + projections + heads * (seq_len + ATTENTION_BLOCK) / 2 * narrow
+    return norms + before_norm + projections + heads * (width * narrow + 4)  # the output itself and its log-sum-exp
 
 
 def _moe_bytes(config: TrainConfig, narrow: int, wide: int) -> float:
@@ -179,18 +193,26 @@ def _moe_bytes(config: TrainConfig, narrow: int, wide: int) -> float:
     chosen = gate.experts_per_token(model.moe.num_experts)
     hidden = model.moe.hidden_dim
     scores = 3 * model.moe.num_experts * wide
-    routed = chosen * ((2 * model.dim + 4 * hidden) * narrow + 4 * INDEX_BYTES)
+    routed = chosen * ((2 * model.dim + 4 * hidden) * narrow + 5 * INDEX_BYTES)
     shared = 4 * model.moe.num_shared_experts * hidden * narrow
     cast_for_gate = model.dim * wide if narrow < wide else 0
     return scores + routed + shared + cast_for_gate
 
 
-def _cast_weight_bytes(config: TrainConfig, vocab_size: int) -> int:
-    """Copies of the matrices in the compute dtype, kept for backward; none when masters are computed with."""
+def _cast_weight_bytes(config: TrainConfig, vocab_size: int) -> list[int]:
+    """Copies of the matrices in the compute dtype, kept for backward: the head's, then each block's.
+
+    Zeros when masters are computed with. Norms and gates compute in fp32; looking up an embedding needs no copy.
+    """
+    model = config.model
     if config.train.compute_dtype != "bf16":
-        return 0
-    counts = count_params(config.model, config.gate, vocab_size)
-    return 2 * (counts.total - counts.norm - counts.gate)
+        return [0] * (model.num_layers + 1)
+    counts = count_params(model, config.gate, vocab_size)
+    attention = counts.attention // model.num_layers
+    dense = counts.dense_ffn // max(1, model.num_dense_layers)
+    moe = (counts.experts + counts.shared_experts) // max(1, model.num_moe_layers)
+    blocks = [attention + (moe if i in model.moe_layer_indices() else dense) for i in range(model.num_layers)]
+    return [2 * count for count in (vocab_size * model.dim, *blocks)]
 
 
 # --- showing it -------------------------------------------------------------------------------------------------------

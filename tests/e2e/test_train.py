@@ -179,6 +179,18 @@ def test_resume_two_then_one_then_four_ranks_stays_within_1e_6(uninterrupted: Pa
         assert actual[step] == pytest.approx(loss, rel=1e-6), step
 
 
+def test_resume_auto_begins_a_run_and_then_continues_the_newest(corpus: Path, tmp_path: Path) -> None:
+    args = options(corpus, tmp_path, "train.steps=4", "checkpoint.interval=2", "run.name=auto")
+    begun = run(1, "--resume", "auto", *args, "train.stop_after=2")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    assert "no run named 'auto' under" in begun.stdout
+    assert "beginning a new one" in begun.stdout
+    continued = run(1, "--resume", "auto", *args)
+    assert continued.returncode == 0, continued.stdout + continued.stderr
+    assert "resumed from" in continued.stdout
+    assert sorted(losses(only_run(tmp_path))) == [1, 2, 3, 4]
+
+
 def test_same_seed_same_curve_other_seed_other_curve(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
     result = run(2, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=0"))
     assert result.returncode == 0, result.stdout + result.stderr
