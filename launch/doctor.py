@@ -7,11 +7,13 @@ tiny recipe on this machine) are of status "fail"; the rest are warnings.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -21,12 +23,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 PACKAGES = ("gates", "moe", "parallel", "serve", "launch")
 DISTRIBUTION = "moeyard"
 OLDEST_PYTHON = (3, 11)
 LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**29, 5 * 2**30
+LONGEST_COMPLAINT = 400
 EXTRAS = {
     "serve": (("fastapi", "uvicorn", "prometheus_client"), "to serve over HTTP"),
     "ray": (("ray",), "to serve on several machines"),
@@ -126,17 +129,25 @@ def installed_packages() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         text = f"{DISTRIBUTION} is not installed; it runs from the clone at {Path(__file__).resolve().parent.parent}"
         return [Finding("packages", "warn", text, "pip install -e . makes the command `moeyard` and installs the rest")]
-    versions, missing = [own], []
+    versions, missing, old = [own], [], []
     for requirement in requirements:
         if "extra ==" in requirement:
             continue
-        name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
+        match = re.match(r"([\w.-]+)[^;]*?(?:>=\s*([\d.]+))?\s*(?:;|$)", requirement)
+        name, least = (match[1], match[2] or "") if match else (requirement, "")
         try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
+            found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
-    if missing:
-        return [Finding("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")]
+            continue
+        versions.append(f"{name} {found}")
+        if _release(found) < _release(least):
+            old.append((name, found, least))
+    texts = [f"missing: {', '.join(missing)}"] if missing else []
+    texts += [f"{name} {found} is older than {least}" for name, found, least in old]
+    if texts:
+        wanted = [*missing, *(f"'{name}>={least}'" for name, _, least in old)]
+        return [Finding("packages", "fail", "; ".join(texts), f"pip install {' '.join(wanted)}")]
     return [Finding("packages", "ok", ", ".join(versions))]
 
 
@@ -157,22 +168,29 @@ def name_owners(distributions: Mapping[str, Sequence[str]]) -> list[Finding]:
             findings.append(Finding("names", "fail", text, mend))
             continue
         spec = importlib.util.find_spec(name)
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        if places and Path(places[0]).resolve() != here / name:
-            mend = f"take {Path(places[0]).parent} off PYTHONPATH, or start from another folder"
-            findings.append(Finding("names", "fail", f"`import {name}` finds {places[0]}, not {here / name}", mend))
+        # A package has a folder, a plain module only a file.
+        place = next(iter((spec.submodule_search_locations or ()) if spec else ()), spec.origin if spec else None)
+        if place is None:
+            findings.append(Finding("names", "fail", f"`import {name}` finds nothing", "pip install -e . in the clone"))
+        elif Path(place).resolve() != here / name:
+            mend = f"take {Path(place).parent} off PYTHONPATH, or start from another folder"
+            findings.append(Finding("names", "fail", f"`import {name}` finds {place}, not {here / name}", mend))
     return findings or [Finding("names", "ok", f"{', '.join(PACKAGES)} come from {here} and from no other project")]
 
 
 def writable_folder(root: Path) -> list[Finding]:
     """Can run directories be made under ``root``?"""
     folder = _nearest_existing(root)
+    mend = "start from a folder that is yours, or set run.root=PATH"
+    if not os.path.isdir(folder):
+        text = f"run directories would go to {root.resolve()}, but {folder} is a file"
+        return [Finding("runs", "fail", text, mend)]
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"moeyard")
     except OSError as error:
         text = f"run directories would go to {root.resolve()}, but {folder} cannot be written: {error.strerror}"
-        return [Finding("runs", "fail", text, "start from a folder that is yours, or set run.root=PATH")]
+        return [Finding("runs", "fail", text, mend)]
     return [Finding("runs", "ok", f"{root.resolve()} can be written")]
 
 
@@ -188,11 +206,14 @@ def free_disk(root: Path) -> list[Finding]:
 
 def free_port(port: int) -> list[Finding]:
     """Is the port free that serving takes unless told otherwise?"""
-    if _can_bind(port):
+    problem = _port_problem(port)
+    if problem is None:
         return [Finding("port", "ok", f"port {port} is free for moeyard serve")]
-    free = next((candidate for candidate in range(port + 1, min(port + 200, 65536)) if _can_bind(candidate)), 0)
+    above = max(port, 1023) + 1  # below 1024 ports may be reserved for root
+    candidates = range(above, min(above + 200, 65536))
+    free = next((candidate for candidate in candidates if _port_problem(candidate) is None), 0)
     mend = f"moeyard serve --port {free}" + ("" if free else "  (any free port)")
-    return [Finding("port", "warn", f"port {port} is in use", mend)]
+    return [Finding("port", "warn", f"port {port} {problem}", mend)]
 
 
 def corpus_package() -> list[Finding]:
@@ -227,36 +248,57 @@ def two_ranks(deadline_s: float) -> list[Finding]:
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     started = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            program,
-            env={**os.environ, **threads, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs: list[tuple[str, str]] = []
-    try:
-        for rank in ranks:
-            outputs.append(rank.communicate(timeout=max(0.1, deadline_s - (time.monotonic() - started))))
-    except subprocess.TimeoutExpired:
-        return [Finding("two ranks", "fail", f"no answer within {deadline_s:g} s", _network_mend())]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.communicate()
-    for number, (rank, (printed, complaint)) in enumerate(zip(ranks, outputs, strict=True)):
-        if rank.returncode != 0:
-            last = (complaint.strip() or printed.strip() or "no output").splitlines()[-1]
-            return [
-                Finding("two ranks", "fail", f"rank {number} ended with {rank.returncode}: {last}", _network_mend())
-            ]
-    device = json.loads(outputs[0][0].splitlines()[-1])["device"]
+    with contextlib.ExitStack() as stack:
+        # Files, not pipes: a rank that has much to say must not wait for a reader.
+        outputs = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(2)]
+        ranks = [
+            subprocess.Popen(
+                program,
+                env={**os.environ, **threads, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=printed,
+                stderr=complaint,
+            )
+            for rank, (printed, complaint) in enumerate(outputs)
+        ]
+        try:
+            failed = _first_to_fail(ranks, started + deadline_s)
+        except TimeoutError:
+            return [Finding("two ranks", "fail", f"no answer within {deadline_s:g} s", _network_mend())]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if failed is not None:
+            last = _last_line(outputs[failed][1]) or _last_line(outputs[failed][0]) or "no output"
+            text = f"rank {failed} ended with {ranks[failed].returncode}: {last}"
+            return [Finding("two ranks", "fail", text, _mend_of(last))]
+        device = json.loads(_last_line(outputs[0][0]))["device"]
     text = f"two processes added, exchanged and gathered on {device} in {time.monotonic() - started:.1f} s"
     return [Finding("two ranks", "ok", text)]
+
+
+def _first_to_fail(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> int | None:
+    """The rank that failed first, as soon as it has: the other would wait for it until the deadline."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or None not in codes:
+            return failed
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.05)
+
+
+def _last_line(file: IO[str]) -> str:
+    file.seek(0)
+    return (file.read().strip().splitlines() or [""])[-1][:LONGEST_COMPLAINT]
+
+
+def _mend_of(complaint: str) -> str:
+    """The network's mend, unless a rank could not even load its modules."""
+    if complaint.startswith(("ImportError", "ModuleNotFoundError", "OSError")):
+        return f"see all of it with: {sys.executable} -c 'import torch, parallel.topology'"
+    return _network_mend()
 
 
 def _network_mend() -> str:
@@ -269,14 +311,22 @@ def _network_mend() -> str:
 
 def _nearest_existing(folder: Path) -> Path:
     resolved = folder.resolve()
-    return next(place for place in (resolved, *resolved.parents) if place.is_dir())
+    # os.path answers False about what may not be looked at, where Path raises.
+    return next(place for place in (resolved, *resolved.parents) if os.path.exists(place))
 
 
-def _can_bind(port: int) -> bool:
+def _release(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` -> (2, 13, 0): enough to compare with a lower bound."""
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+
+
+def _port_problem(port: int) -> str | None:
+    if not 0 <= port < 65536:
+        return "does not exist: ports go up to 65535"
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed one leaves no trace
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be taken: {error.strerror}"
+    return None

@@ -1,9 +1,9 @@
 """What a run will need, from its options alone: parameters, FLOPs, memory, traffic, disk. No module is built.
 
 Memory is counted per rank for plain data parallel training. Activations are what autograd keeps for the backward pass
-of one micro-batch, summed over the operations of ``moe/transformer.py``, at the moment when backward begins; a test
-compares the sum with what torch really keeps. Not counted: Python and torch themselves (about 0.3 GiB a process) and
-the short-lived buffers of single operations, of which a matrix's gradient before it is added up is the largest.
+of one micro-batch, summed over the operations of ``moe/transformer.py``, and the first gradients; a test compares the
+sum with the bytes that torch really holds at its peak. Not counted: Python and torch themselves (about 0.3 GiB a
+process) and scratch space inside single operations.
 
 Names: L layers, D width, E experts, F expert hidden width, K experts per token, H query heads, G key-value heads,
 d head width, S sequence length, V vocabulary, W ranks.
@@ -145,10 +145,10 @@ def tokenizer_vocab_size(config: TokenizerConfig) -> int:
 
 
 def activation_bytes(config: TrainConfig, tokens: int, vocab_size: int, device: str) -> int:
-    """Bytes at the peak of one micro-batch of ``tokens`` tokens: what autograd keeps, and the first gradients.
+    """Bytes at the peak of one micro-batch of ``tokens`` tokens: what autograd keeps, and gradients on their way.
 
-    The peak is where backward begins, at the scores, whose gradient and that of their log-softmax stand beside them.
-    With recompute it may also be where the largest block is whole again.
+    The peak is either where backward begins, at the head, or in the middle of a block, which with recompute is whole
+    again there.
     """
     model = config.model
     narrow = COMPUTE_DTYPES[config.train.compute_dtype].itemsize
@@ -158,19 +158,25 @@ def activation_bytes(config: TrainConfig, tokens: int, vocab_size: int, device: 
     dense = 4 * model.dense_width(config.gate) * narrow
     blocks = [attention + (moe if i in model.moe_layer_indices() else dense) for i in range(model.num_layers)]
     scores = vocab_size * wide
-    final_norm = model.dim * (wide + narrow)
-    head_copy, *block_copies = _cast_weight_bytes(config, vocab_size)
-    if model.recompute == "none":
-        return math.ceil(tokens * (sum(blocks) + final_norm + 4 * scores)) + head_copy + sum(block_copies)
-    # Each block keeps its input, its choice of experts and its scores; in backward one block at a time is whole again,
-    # with the gradients of its output and of its experts' rows. The model's output still holds the scores then.
     chosen = config.gate.experts_per_token(model.moe.num_experts)
-    routing = chosen * 6 * INDEX_BYTES + model.moe.num_experts * wide
-    inputs = tokens * (model.num_layers * model.dim * wide + model.num_moe_layers * routing)
-    rows = (2 * chosen if model.num_moe_layers else 1) * model.dim * wide
-    again = max(tokens * block + copy for block, copy in zip(blocks, block_copies, strict=True))
-    at_the_head = tokens * (final_norm + 4 * scores) + head_copy
-    return math.ceil(inputs + max(at_the_head, tokens * (scores + rows) + again))
+    head_copy, *block_copies = _cast_weight_bytes(config, vocab_size)
+    if model.recompute == "block":  # kept: each block's input, its choice of experts and the gate's scores
+        routing = chosen * 6 * INDEX_BYTES + model.moe.num_experts * wide
+        kept = tokens * (model.num_layers * model.dim * wide + model.num_moe_layers * routing)
+        again = max(tokens * block + copy for block, copy in zip(blocks, block_copies, strict=True))
+    else:
+        kept = tokens * sum(blocks) + sum(block_copies)
+        again = 0.0
+    # At the head: the final norm's input and output; scores, their log-softmax, and the gradients of both.
+    at_the_head = tokens * (model.dim * (wide + narrow) + 4 * scores) + head_copy
+    # In a block: the scores, which the model's output holds; gradients of the rows before and after an expert, and of
+    # the largest matrix until it is added to those of other micro-batches.
+    has_experts = model.num_moe_layers > 0
+    rows = (2 * chosen if has_experts else 1) * model.dim * wide
+    width = model.moe.num_experts * model.moe.hidden_dim if has_experts else model.dense_width(config.gate)
+    matrix = model.dim * width * (wide + narrow if narrow < wide else wide)
+    in_a_block = tokens * (scores + rows) + matrix + again
+    return math.ceil(kept + max(at_the_head, in_a_block))
 
 
 def _attention_bytes(config: TrainConfig, narrow: int, wide: int, device: str) -> float:
