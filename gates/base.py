@@ -116,7 +116,7 @@ class GateOutput:
         plan: who goes where.
         aux: unweighted 0-d losses by name, with gradients; "balance" is 1 at perfect balance. A loss whose coefficient
             is 0 may be left out, and PREFILL and DECODE return none.
-        metrics: detached 0-d diagnostics by name (entropy, experts_per_token, max_vio, dropped_frac, ...).
+        metrics: detached 0-d diagnostics by name (load_entropy, experts_per_token, max_vio, dropped_frac, ...).
         logits_TE: (T, E) raw fp32 scores, or None for gates that have none.
     """
 

@@ -396,5 +396,5 @@ class TopKGate(Gate):
 
 
 def _draw(sample: Callable[..., Tensor], like: Tensor, rng: torch.Generator) -> Tensor:
-    """Random numbers of the shape and dtype of ``like``, drawn where the generator lives: the same on every device."""
+    """Random numbers of the shape and dtype of ``like``, drawn where the generator lives."""
     return sample(like.shape, generator=rng, device=rng.device, dtype=like.dtype).to(like.device)

@@ -6,20 +6,24 @@ Read :func:`train` from top to bottom: it is the order in which a run comes to b
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from gates import Causality
-from launch.callbacks.base import Callback
-from launch.config import TrainConfig
+from launch.callbacks.base import Callback, CallbackList
+from launch.config import COMPUTE_DTYPES, TrainConfig
 from launch.data import EvalWindows, PreparedData, TrainSampler, prepare_data
 from launch.export import TOKENIZER_FOLDER, export_model
 from launch.interrupt import Interrupt
 from launch.optim import build_optimizer
 from launch.records import RunInfo
-from launch.trainer import COMPUTE_DTYPES, Trainer, checkpoint_folder, rng_key
+from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER
+from launch.trainer import Trainer, random_state, set_random_state
 from moe import Tokenizer, Transformer
 from moe.config import count_params, flops_per_token
 from moe.errors import CheckpointError, ConfigError, TokenizerError
@@ -31,7 +35,11 @@ from parallel.checkpoint import (
     read_checkpoint,
     training_tensors,
 )
+from parallel.dense import check_in_sync
 from parallel.topology import Topology, connect
+
+SHARED_FILES = "all nodes must see run.root on a shared file system"
+SHARED_FILES_S = 30.0
 
 
 def train(args: argparse.Namespace, command: list[str]) -> int:
@@ -43,34 +51,34 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         print_dry_run(config)
         return 0
     set_determinism(config)
+    changes = resumed_changes(config, checkpoint)
     with connect(config.parallel.timeout_s) as topology, Interrupt(announce=topology.is_first) as interrupt:
         problems = config.check(topology.world_size)
         if problems:
             raise ConfigError(problems)
+        check_same_checkpoint(topology, checkpoint)
         with topology.first_rank_goes_first():
             data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
         config = with_vocabulary(config, data.tokenizer, checkpoint)
         model = build_model(config, topology)
         optimizer = build_optimizer(model, config.optim)
+        check_in_sync(model, topology)
         run_dir = topology.broadcast_object(
             open_run_dir(config, checkpoint, command, data.tokenizer) if topology.is_first else None
         )
-        callbacks: list[Callback] = []
+        check_shared(topology, run_dir)
+        callbacks: Callback = CallbackList()
         if topology.is_first:
             from launch.callbacks.build import build_callbacks
 
             callbacks = build_callbacks(config, run_dir, quiet=args.quiet)
-
-        def saved(step: int, path: Path) -> None:
-            for callback in callbacks:
-                callback.on_checkpoint(step, path)
-
         writer = CheckpointWriter(
-            checkpoint_folder(run_dir),
+            run_dir / CHECKPOINT_FOLDER,
             topology,
             keep_last=config.checkpoint.keep_last,
             async_save=config.checkpoint.async_save,
-            on_saved=saved,
+            resumed_step=checkpoint.step if checkpoint else None,
+            on_saved=callbacks.on_checkpoint,
         )
         trainer = Trainer(
             config=config,
@@ -84,27 +92,26 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             callbacks=callbacks,
             interrupt=interrupt,
         )
-        restored = restore(trainer, checkpoint) if checkpoint else None
-        if args.resume and not checkpoint:
-            restored = f"no run named {config.run.name!r} under {config.run.root} has a checkpoint: beginning a new one"
-        info = run_info(config, topology, trainer, data, run_dir)
-        for callback in callbacks:
-            callback.on_start(info)
-            if restored:
-                callback.on_message(restored)
-        code = 1
+        if checkpoint:
+            messages = [restore(trainer, checkpoint), *changes]
+        elif args.resume:
+            messages = [f"no run named {config.run.name!r} under {config.run.root} has a checkpoint: beginning one"]
+        else:
+            messages = []
+        callbacks.on_start(run_info(config, topology, trainer, data, run_dir))
+        for message in messages:
+            callbacks.on_message(message)
         try:
             code = trainer.run()
-            if trainer.step == config.train.steps and topology.is_first:
-                where = export_model(model, data.tokenizer, config, trainer.step, run_dir / "model")
-                for callback in callbacks:
-                    callback.on_message(f"model exported to {where}; serve it with: moeyard serve {run_dir}")
+            if topology.is_first and trainer.step == config.train.steps:
+                where = export_model(model, data.tokenizer, config, trainer.step, run_dir / MODEL_FOLDER)
+                callbacks.on_message(
+                    f"model exported to {where}; serve it with: moeyard serve {shlex.quote(str(run_dir))}"
+                )
             elif topology.is_first:
-                for callback in callbacks:
-                    callback.on_message(f"resume with: {resume_command(topology, run_dir)}")
+                callbacks.on_message(f"resume with: {resume_command(topology, run_dir, command)}")
         finally:
-            for callback in callbacks:
-                callback.on_end()
+            callbacks.on_end()
         return code
 
 
@@ -127,17 +134,17 @@ def resolve(
     if resume == "auto":
         config = load_config(config_path, list(overrides)).config
         run = find_latest_run(config.run.root, config.run.name)
-        if run is None or not checkpoint_folder(run).is_dir():
+        if run is None or not (run / CHECKPOINT_FOLDER).is_dir():
             return config, None
-        path = find_checkpoint(checkpoint_folder(run))
+        path = find_checkpoint(run / CHECKPOINT_FOLDER)
     else:
         path = Path(resume)
         if not path.is_dir():
             raise CheckpointError(f"--resume {resume}: there is no such folder")
-        if checkpoint_folder(path).is_dir():
-            path = find_checkpoint(checkpoint_folder(path))
+        if (path / CHECKPOINT_FOLDER).is_dir():
+            path = find_checkpoint(path / CHECKPOINT_FOLDER)
     info = read_checkpoint(path)
-    stored = config_from_values(info.values["config"], [], origin=str(path))
+    stored = stored_config(info)
     if resume != "auto" and config_path is None:
         config = config_from_values(info.values["config"], list(overrides), origin=str(path))
     elif resume != "auto":
@@ -153,9 +160,58 @@ def resolve(
     return config, info
 
 
+def stored_config(checkpoint: CheckpointInfo) -> TrainConfig:
+    """The config that a checkpoint was saved with, whatever ranks this process belongs to."""
+    from launch.config_file import config_from_values
+
+    return config_from_values(checkpoint.values["config"], [], origin=str(checkpoint.path), world_size=1)
+
+
+def resumed_changes(config: TrainConfig, checkpoint: CheckpointInfo | None) -> list[str]:
+    """One line for each option in which a resumed run differs from its checkpoint."""
+    from launch.config_file import structural_difference
+
+    if checkpoint is None:
+        return []
+    _, changed = structural_difference(stored_config(checkpoint), config)
+    return [f"changed since the checkpoint: {line}" for line in changed if not line.startswith("model.vocab_size")]
+
+
+def check_same_checkpoint(topology: Topology, checkpoint: CheckpointInfo | None) -> None:
+    """Every rank looked for a checkpoint by itself; they must have found the same one.
+
+    Raises:
+        CheckpointError: they have not, because nodes see different files.
+    """
+    found = (checkpoint.path.parent.parent.name, checkpoint.step) if checkpoint else None
+    everyone = topology.gather_objects(found)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            here, there = (
+                f"{run} step {step}" if run else "none" for run, step in (o or ("", 0) for o in (everyone[0], other))
+            )
+            raise CheckpointError(f"rank 0 found checkpoint {here}, rank {rank} {there}: {SHARED_FILES}")
+
+
+def check_shared(topology: Topology, run_dir: Path) -> None:
+    """Every rank must see the run directory that rank 0 has made.
+
+    Raises:
+        CheckpointError: some do not.
+    """
+    deadline = time.monotonic() + SHARED_FILES_S
+    while not run_dir.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.2)  # a network file system may take a while to show it
+    blind = [rank for rank, sees in enumerate(topology.gather_objects(run_dir.is_dir())) if not sees]
+    if blind:
+        raise CheckpointError(f"rank {blind[0]} does not see the run directory {run_dir}: {SHARED_FILES}")
+
+
 def set_determinism(config: TrainConfig) -> None:
     """Seed what is global and, if asked, allow only deterministic kernels."""
     torch.manual_seed(config.run.seed)
+    # cuBLAS reads it when it starts, and is deterministic only with a workspace of fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
     # That mode also fills every new tensor, which costs a few percent; nothing here reads memory it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -209,6 +265,7 @@ def open_run_dir(
         return run_dir
     run = RunDir.open(checkpoint.path.parent.parent)
     run.truncate_metrics(checkpoint.step)
+    run.note_resume(config, command)
     return run.path
 
 
@@ -217,11 +274,10 @@ def restore(trainer: Trainer, checkpoint: CheckpointInfo) -> str:
     topology = trainer.topology
     tensors = training_tensors(trainer.model, trainer.optimizer)
     same_ranks = checkpoint.values["world_size"] == topology.world_size
+    random = random_state(topology) if same_ranks else {}
+    load_tensors(checkpoint, tensors | random, topology)
     if same_ranks:
-        tensors[rng_key(topology.rank)] = rng = torch.get_rng_state()
-    load_tensors(checkpoint, tensors, topology)
-    if same_ranks:
-        torch.set_rng_state(rng)
+        set_random_state(topology, random)
     trainer.restore_values(dict(checkpoint.values))
     what = "model, optimizer, schedule, gate state, data position"
     if same_ranks:
@@ -272,11 +328,14 @@ def run_info(config: TrainConfig, topology: Topology, trainer: Trainer, data: Pr
     )
 
 
-def resume_command(topology: Topology, run_dir: Path) -> str:
-    """The command line that continues this run."""
-    program = "python launch/train.py"
+def resume_command(topology: Topology, run_dir: Path, command: list[str]) -> str:
+    """The command line that continues this run, in the way that ``command`` began it."""
+    run = shlex.quote(str(run_dir))
+    if command[0] == "moeyard":
+        return f"moeyard train --resume {run}"
+    program = f"python {shlex.quote(command[0])}"
     nodes = topology.world_size // topology.local_world_size
     if topology.world_size > 1:
         several = f"--nnodes {nodes} " if nodes > 1 else ""
-        program = f"torchrun {several}--nproc-per-node {topology.local_world_size} launch/train.py"
-    return f"{program} --resume {run_dir}"
+        program = f"torchrun {several}--nproc-per-node {topology.local_world_size} {shlex.quote(command[0])}"
+    return f"{program} --resume {run}"

@@ -5,18 +5,22 @@ A run is one YAML file plus dotted overrides; ``launch/config_file.py`` reads th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gates import GateField, TopKConfig
 from moe.config import ModelConfig
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values never change after reading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -51,7 +55,7 @@ class DataConfig(Section):
 class OptimConfig(Section):
     name: Literal["adamw"] = "adamw"
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="for matrices; norms, biases and gates' vectors get none")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0 turns it off")

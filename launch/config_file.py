@@ -62,11 +62,16 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, world_size: 
     return _resolve(layers, overrides, world_size)
 
 
-def config_from_values(values: Mapping[str, Any], overrides: Sequence[str], *, origin: str) -> TrainConfig:
-    """A config from stored plain values plus overrides; ``origin`` names their source in errors."""
+def config_from_values(
+    values: Mapping[str, Any], overrides: Sequence[str], *, origin: str, world_size: int | None = None
+) -> TrainConfig:
+    """A config from stored plain values plus overrides; ``origin`` names their source in errors.
+
+    ``world_size`` is that of :func:`load_config`.
+    """
     layers = _new_layers()
     layers.merge(values, lambda _keys: origin)
-    return _resolve(layers, overrides, None).config
+    return _resolve(layers, overrides, world_size).config
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -128,7 +128,8 @@ def installed_packages() -> list[Finding]:
         own = f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
     except importlib.metadata.PackageNotFoundError:
         text = f"{DISTRIBUTION} is not installed; it runs from the clone at {Path(__file__).resolve().parent.parent}"
-        return [Finding("packages", "warn", text, "pip install -e . makes the command `moeyard` and installs the rest")]
+        mend = f"pip install {_ourselves()}  # makes the command moeyard and installs the rest"
+        return [Finding("packages", "warn", text, mend)]
     versions, missing, old = [own], [], []
     for requirement in requirements:
         if "extra ==" in requirement:
@@ -163,7 +164,7 @@ def name_owners(distributions: Mapping[str, Sequence[str]]) -> list[Finding]:
     for name in PACKAGES:
         others = sorted(set(distributions.get(name, ())) - {DISTRIBUTION})
         if others:
-            mend = f"pip uninstall {' '.join(others)}; then pip install --force-reinstall --no-deps -e ."
+            mend = f"pip uninstall {' '.join(others)} && pip install --force-reinstall --no-deps {_ourselves()}"
             text = f"`import {name}` also belongs to the installed project {', '.join(others)}"
             findings.append(Finding("names", "fail", text, mend))
             continue
@@ -171,7 +172,7 @@ def name_owners(distributions: Mapping[str, Sequence[str]]) -> list[Finding]:
         # A package has a folder, a plain module only a file.
         place = next(iter((spec.submodule_search_locations or ()) if spec else ()), spec.origin if spec else None)
         if place is None:
-            findings.append(Finding("names", "fail", f"`import {name}` finds nothing", "pip install -e . in the clone"))
+            findings.append(Finding("names", "fail", f"`import {name}` finds nothing", f"pip install {_ourselves()}"))
         elif Path(place).resolve() != here / name:
             mend = f"take {Path(place).parent} off PYTHONPATH, or start from another folder"
             findings.append(Finding("names", "fail", f"`import {name}` finds {place}, not {here / name}", mend))
@@ -233,7 +234,7 @@ def extras() -> list[Finding]:
         if missing:
             text = f"extra {extra}: {', '.join(missing)} not installed"
             status: Status = "warn" if extra == "serve" else "info"
-            findings.append(Finding("extras", status, text, f"pip install '{DISTRIBUTION}[{extra}]' {use}"))
+            findings.append(Finding("extras", status, text, f"pip install {_ourselves(extra)}  # {use}"))
         else:
             findings.append(Finding("extras", "ok", f"extra {extra}: {', '.join(modules)}"))
     return findings
@@ -307,6 +308,13 @@ def _network_mend() -> str:
             f"GLOO_SOCKET_IFNAME is {os.environ['GLOO_SOCKET_IFNAME']!r}: is that a network interface of this machine?"
         )
     return "on one machine: export GLOO_SOCKET_IFNAME=lo (macOS: lo0); else name the interface between the machines"
+
+
+def _ourselves(extra: str = "") -> str:
+    """What to give to pip: the clone that this file lies in, or the distribution's name."""
+    clone = Path(__file__).resolve().parent.parent
+    options = f"[{extra}]" if extra else ""
+    return f"-e '{clone}{options}'" if (clone / "pyproject.toml").is_file() else f"'{DISTRIBUTION}{options}'"
 
 
 def _nearest_existing(folder: Path) -> Path:

@@ -21,11 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch.config import TokenizerConfig, TrainConfig
+from launch.config import COMPUTE_DTYPES, TokenizerConfig, TrainConfig
 from moe.config import ParamCounts, count_params, flops_per_token
 from moe.ops.causal_attention import choose_attention_op
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INDEX_BYTES = 8
 ATTENTION_BLOCK = 64
 """Positions of one block of ``moe/ops/causal_attention.py``."""

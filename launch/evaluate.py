@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gates import Mode
-from launch.config import TokenizerConfig
+from launch.config import COMPUTE_DTYPES, TokenizerConfig
 from launch.data import EvalWindows, prepare_data
 from moe import Transformer
 from moe.transformer import ForwardContext, next_token_loss
@@ -102,6 +102,7 @@ def evaluate_path(path: str, overrides: list[str]) -> dict[str, float | int]:
             topology,
             limit=config.eval.final_sequences,
             batch=max(1, 8192 // config.train.seq_len),
+            compute_dtype=COMPUTE_DTYPES[config.train.compute_dtype],
         )
     return {
         "loss": result.loss,

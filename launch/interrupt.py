@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = 130
@@ -13,15 +15,17 @@ _ECHO_S = 2.0
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into a flag that the trainer reads between steps.
+    """SIGINT and SIGTERM: a flag that the trainer reads between steps while it trains, KeyboardInterrupt otherwise.
 
-    Use as a context manager around training; the former handlers come back at the end.
+    Use as a context manager around the run, and :meth:`deferred` around training; the former handlers come back at the
+    end.
     """
 
     def __init__(self, announce: bool) -> None:
         self.requested = False
         self._announce = announce
-        self._first_at = 0.0
+        self._deferred = False
+        self._first_at: float | None = None
         self._former: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Interrupt:
@@ -33,15 +37,23 @@ class Interrupt:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a first signal only sets ``requested``: whoever runs here reads it and stops in good order."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.requested and now - self._first_at > _ECHO_S:
+        if self._first_at is not None and now - self._first_at <= _ECHO_S:
+            return
+        again, self._first_at = self._first_at is not None, now
+        if again or not self._deferred:
             raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self._first_at = True, now
-            if self._announce:
-                print(
-                    f"\n{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        self.requested = True
+        if self._announce:
+            text = f"\n{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)\n"
+            os.write(2, text.encode())  # print could meet itself, interrupted in the middle of another line

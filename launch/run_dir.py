@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
+_STAMP = re.compile(r"-([0-9]{8}-[0-9]{6})(?:-([0-9]+))?$")
 
 
 class RunDirError(UserError):
@@ -79,8 +81,16 @@ class RunDir:
             raise RunDirError(f"{path} is not a run directory: it has no {CONFIG_FILE}")
         return RunDir(path)
 
+    def note_resume(self, config: TrainConfig, command: Sequence[str]) -> None:
+        """Keep the config that the run goes on with, and add the command to those before."""
+        partial = self.path / f"{CONFIG_FILE}.partial"
+        partial.write_text(dump_config(config), encoding="utf-8")
+        os.replace(partial, self.path / CONFIG_FILE)
+        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(shlex.join(command) + "\n")
+
     def truncate_metrics(self, after_step: int) -> None:
-        """Drop metrics rows of steps later than ``after_step``: the resumed run writes them again.
+        """Drop metrics rows that the resumed run writes again: of steps after ``after_step``, and final ones.
 
         A last row that a kill cut short is dropped too. The old file stays until the new one is complete.
         """
@@ -91,7 +101,7 @@ class RunDir:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row.get("step", 0) <= after_step:
+            if row.get("step", 0) <= after_step and not row.get("final"):
                 kept.append(line + "\n")
         partial = metrics.with_name(METRICS_FILE + ".partial")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -137,11 +147,17 @@ def _git_commit() -> str | None:
 
 
 def list_runs(root: str | Path, name: str | None = None) -> list[Path]:
-    """Run directories under ``root``, oldest first; only those called ``name`` if given."""
+    """Run directories under ``root``, oldest start first; only those called ``name`` if given."""
     found = [p.parent for p in Path(root).glob(f"*/{CONFIG_FILE}")]
     if name is not None:
-        found = [p for p in found if p.name.startswith(f"{name}-") and p.name[len(name) + 1 :][:8].isdigit()]
-    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+        found = [p for p in found if p.name.startswith(f"{name}-") and _STAMP.fullmatch(p.name[len(name) :])]
+    return sorted(found, key=_started)
+
+
+def _started(run: Path) -> tuple[str, int, str]:
+    """Sorts runs by the time in their names, which no later write changes; folders that were renamed come first."""
+    stamp = _STAMP.search(run.name)
+    return (stamp[1], int(stamp[2] or 1), run.name) if stamp else ("", 0, run.name)
 
 
 def find_latest_run(root: str | Path, name: str | None = None) -> Path | None:

@@ -35,17 +35,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors that users can mend")
     parser.add_argument("overrides", nargs="*", metavar="path.to.option=value", help="changes to the config")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Program entry. Exit codes: 0 done, 1 failed, 2 unusable options or data, 130 interrupted and saved."""
+def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
+    """Program entry. Exit codes: 0 done, 1 failed, 2 unusable options or data, 130 interrupted and saved.
+
+    Args:
+        program: how a user would call it with ``argv``, where that is not this file.
+    """
     args = parse_args(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
         from launch.assemble import train
 
-        return train(args, sys.argv if argv is None else ["launch/train.py", *argv])
+        return train(args, [*(program or sys.argv[:1]), *(sys.argv[1:] if argv is None else argv)])
     except UserError as error:
         if args.debug:
             raise

@@ -6,8 +6,8 @@ Everything here is the same on every rank; what only rank 0 does (printing, file
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gates import GateNumericsError, Mode
 from launch.callbacks.base import Callback
-from launch.config import TrainConfig
+from launch.config import COMPUTE_DTYPES, TrainConfig
 from launch.data import EvalWindows, TrainSampler
 from launch.evaluate import evaluate
 from launch.interrupt import EXIT_CODE as INTERRUPTED
@@ -35,8 +35,6 @@ from parallel.checkpoint import CheckpointWriter, training_tensors
 from parallel.dense import GradientReducer
 from parallel.topology import Topology
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
 
 class Trainer:
     """One run's training state and the loop over it. ``step`` is the number of finished optimizer steps."""
@@ -51,7 +49,7 @@ class Trainer:
         validation: EvalWindows,
         tokenizer: Tokenizer,
         writer: CheckpointWriter,
-        callbacks: Sequence[Callback],
+        callbacks: Callback,
         interrupt: Interrupt,
     ) -> None:
         self.config = config
@@ -85,6 +83,10 @@ class Trainer:
             NumericsError: the loss or a gradient became NaN or infinite; no checkpoint was written from that state.
             CheckpointError: the final checkpoint could not be written.
         """
+        with self.interrupt.deferred():
+            return self._loop()
+
+    def _loop(self) -> int:
         config, begun = self.config, time.perf_counter() - self.elapsed_s
         self._since_log = (time.perf_counter(), self.step)
         while self.step < config.train.steps:
@@ -92,15 +94,13 @@ class Trainer:
             self.step += 1
             self.elapsed_s = time.perf_counter() - begun
             self.interval.add(stats)
-            self._tell(lambda callback: callback.on_step(self.step))
+            self.callbacks.on_step(self.step)
             last = self.step == config.train.steps
             if _due(self.step, config.track.log_interval) or last:
                 with self.timer.phase("log"):
                     self._log()
             if stats.stop and not last:
                 return self._stop("interrupted", INTERRUPTED)
-            if self.step == config.train.stop_after and not last:
-                return self._stop("train.stop_after", 0)
             if _due(self.step, config.eval.interval) and not last:
                 with self.timer.phase("eval"):
                     self._evaluate(final=False)
@@ -110,6 +110,8 @@ class Trainer:
             if _due(self.step, config.checkpoint.interval) and not last:
                 with self.timer.phase("checkpoint"):
                     self._checkpoint(must_succeed=False)
+            if self.step == config.train.stop_after and not last:
+                return self._stop("train.stop_after", 0)
         self._checkpoint(must_succeed=True)
         self._evaluate(final=True)
         self._sample()
@@ -167,14 +169,20 @@ class Trainer:
                 ids_BS = ids_BS.to(self.topology.device, torch.int64)
             yield first, ids_BS, first + self._micro >= begin + self._rows
 
-    def _forward(self, ids_BS: Tensor, step: int, row: int) -> tuple[ModelOutput, Tensor, int]:
-        """Model output, summed nats and token count; gate noise is a pure function of (seed, step, first row)."""
+    def _forward(self, ids_BS: Tensor, step: int, row: int, *, alone: bool = False) -> tuple[ModelOutput, Tensor, int]:
+        """Model output, summed nats and token count; gate noise is a pure function of (seed, step, first row).
+
+        Args:
+            alone: other ranks do not do the same, so nothing may be summed over them.
+        """
         seed = int(np.random.SeedSequence([self.config.run.seed, step, row]).generate_state(1, np.uint64)[0] >> 1)
         context = ForwardContext(
             step=step,
             mode=Mode.TRAIN,
             rng=torch.Generator().manual_seed(seed),
-            reduce_load=(lambda load: self.topology.sum_(load.clone())) if self.topology.world_size > 1 else None,
+            reduce_load=(lambda load: self.topology.sum_(load.clone()))
+            if self.topology.world_size > 1 and not alone
+            else None,
             compute_dtype=self.compute_dtype,
         )
         output = self.model(ids_BS[:, :-1], context=context)
@@ -209,19 +217,24 @@ class Trainer:
         )
         self.interval = Interval()
         self._since_log = (now, self.step)
-        self._tell(lambda callback: callback.on_log(record))
+        self.callbacks.on_log(record)
         try:
             self.writer.poll()
         except CheckpointError as error:
-            message = f"warning: {error}; training goes on"
-            self._tell(lambda callback: callback.on_message(message))
+            self._warn(error)
 
     def _evaluate(self, final: bool) -> None:
         start = time.perf_counter()
         limit = self.config.eval.final_sequences if final else self.config.eval.sequences
-        result = evaluate(
-            self.model, self.validation, self.topology, limit=limit, batch=self._micro, compute_dtype=self.compute_dtype
-        )
+        with self._numerics("evaluation"):
+            result = evaluate(
+                self.model,
+                self.validation,
+                self.topology,
+                limit=limit,
+                batch=self._micro,
+                compute_dtype=self.compute_dtype,
+            )
         record = EvalRecord(
             step=self.step,
             loss=result.loss,
@@ -232,41 +245,54 @@ class Trainer:
             load_LE=result.load_LE,
             final=final,
         )
-        self._tell(lambda callback: callback.on_eval(record))
+        self.callbacks.on_eval(record)
 
     def _sample(self) -> None:
         if not self.topology.is_first:
             return
         config = self.config.eval
         prompt = self.tokenizer.encode(config.sample_prompt) if config.sample_prompt else [self.tokenizer.eos_id]
-        room = max(1, self.config.model.max_seq_len - len(prompt))
+        prompt = prompt[-(self.config.model.max_seq_len - 1) :]
+        room = self.config.model.max_seq_len - len(prompt)
         params = SamplingParams(
             max_tokens=min(config.sample_tokens, room), temperature=0.8, top_p=0.95, seed=self.config.run.seed
         )
         self.model.eval()
-        tokens = [step.token for step in generate(self.model, prompt, params, eos_id=self.tokenizer.eos_id)]
+        with self._numerics("sample"):
+            tokens = [step.token for step in generate(self.model, prompt, params, eos_id=self.tokenizer.eos_id)]
         record = SampleRecord(self.step, config.sample_prompt, self.tokenizer.decode(tokens))
-        self._tell(lambda callback: callback.on_sample(record))
+        self.callbacks.on_sample(record)
+
+    @contextmanager
+    def _numerics(self, what: str) -> Iterator[None]:
+        """Scores that are not finite end the run with the step and the place."""
+        try:
+            yield
+        except GateNumericsError as error:
+            raise NumericsError(f"{what} after step {self.step}: {error}") from error
 
     def _checkpoint(self, must_succeed: bool) -> None:
         tensors = training_tensors(self.model, self.optimizer)
-        tensors[rng_key(self.topology.rank)] = torch.get_rng_state()
+        tensors |= random_state(self.topology)
         try:
-            self.writer.save(self.step, tensors, self.state_values())
+            failure = self.writer.save(self.step, tensors, self.state_values())
+            if failure:
+                self._warn(failure)
             if must_succeed:
                 self.writer.wait()
         except CheckpointError as error:
             if must_succeed:
                 raise
-            message = f"warning: {error}; training goes on"
-            self._tell(lambda callback: callback.on_message(message))
+            self._warn(error)
+
+    def _warn(self, error: CheckpointError) -> None:
+        self.callbacks.on_message(f"warning: {error}; training goes on")
 
     def _stop(self, why: str, exit_code: int) -> int:
         """Save and end before the last step."""
         self._checkpoint(must_succeed=True)
         self.writer.close()
-        message = f"{why}: step {self.step} of {self.config.train.steps} is saved"
-        self._tell(lambda callback: callback.on_message(message))
+        self.callbacks.on_message(f"{why}: step {self.step} of {self.config.train.steps} is saved")
         return exit_code
 
     def _fail_on_nan(self, stats: StepStats) -> None:
@@ -275,12 +301,15 @@ class Trainer:
         for row, ids_BS, _ in self._micro_batches(self.step):
 
             def forward(ids_BS: Tensor = ids_BS, row: int = row) -> object:
-                return self._forward(ids_BS, self.step, row)
+                return self._forward(ids_BS, self.step, row, alone=True)
 
             found = found or first_bad_module(self.model, forward)
         found = found or first_bad_gradient(self.model)
         everyone = [text for text in self.topology.gather_objects(found) if text]
-        self.writer.close()
+        try:
+            self.writer.close()
+        except CheckpointError as error:
+            self._warn(error)
         raise NumericsError(
             f"step {self.step + 1}: loss {stats.loss:.4g}, gradient norm {self._grad_norm:.4g}. "
             + (everyone[0] if everyone else "no single layer is to blame: the forward pass is finite when repeated")
@@ -309,19 +338,20 @@ class Trainer:
         self.elapsed_s = float(values["elapsed_s"])
         self.interval = Interval.from_values(values["interval"])
 
-    def _tell(self, event: Callable[[Callback], None]) -> None:
-        for callback in self.callbacks:
-            event(callback)
+
+def random_state(topology: Topology) -> dict[str, Tensor]:
+    """torch's random state on this rank: the one thing in a checkpoint that belongs to a rank, not to the model."""
+    states = {f"rng.rank_{topology.rank}.torch": torch.get_rng_state()}
+    if topology.device.type == "cuda":
+        states[f"rng.rank_{topology.rank}.cuda"] = torch.cuda.get_rng_state(topology.device)
+    return states
 
 
-def rng_key(rank: int) -> str:
-    """Key of one rank's torch random state in a checkpoint: the one thing that belongs to a rank, not to the model."""
-    return f"rng.rank_{rank}.torch"
-
-
-def checkpoint_folder(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
+def set_random_state(topology: Topology, states: Mapping[str, Tensor]) -> None:
+    """What :func:`random_state` gave, back in place."""
+    torch.set_rng_state(states[f"rng.rank_{topology.rank}.torch"])
+    if topology.device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"rng.rank_{topology.rank}.cuda"], topology.device)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -69,7 +69,8 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write ``model`` as a Hugging Face directory. Atomic: written beside the target and renamed into place.
+    """Write ``model`` as a Hugging Face directory. It is written beside the target and
+    renamed into place: a reader sees the earlier model, none for a moment, or the new one, never a half.
 
     Args:
         directory: the target; an earlier model there is replaced once the new one is complete.

@@ -18,7 +18,7 @@ from gates import GateConfig
 class MoEConfig(BaseModel):
     """The expert bank of one layer; the gate that feeds it is a config value of its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_experts: int = Field(8, ge=1, description="routed experts per layer (E)")
     hidden_dim: int = Field(256, ge=1, description="hidden width of each routed expert (F)")
@@ -31,7 +31,7 @@ class MoEConfig(BaseModel):
 class ModelConfig(BaseModel):
     """A decoder-only transformer with mixture-of-experts feed-forward layers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int | None = Field(None, ge=2, description="rows of the embedding; null takes the tokenizer's")
     dim: int = Field(128, ge=1, description="width of the residual stream (D)")

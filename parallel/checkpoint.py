@@ -5,7 +5,7 @@ included: ``model.blocks.3.moe.experts.5.w_gate``, ``optim.blocks.3.moe.experts.
 rank, so any world size and any placement of experts can load any checkpoint.
 
 A checkpoint is written to ``step_000100.partial`` and renamed when complete: a kill at any moment leaves the previous
-one untouched. ``latest`` names the newest complete one.
+one untouched. ``latest`` names the newest complete one. All ranks must see the folder: nodes need a shared file system.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -86,7 +87,12 @@ class CheckpointInfo:
 class CheckpointWriter:
     """Saves checkpoints of one run, in the background if asked, and keeps the last few.
 
-    All ranks must construct it and call :meth:`save` and :meth:`wait` at the same steps.
+    All ranks must construct it and call :meth:`save` and :meth:`wait` at the same steps; a save that fails on one rank
+    fails on all, so that their next saves still meet.
+
+    Args:
+        resumed_step: the step that this run continues from. Later checkpoints belong to another future of the run:
+            they are set aside as ``step_000200.superseded``.
     """
 
     def __init__(
@@ -96,43 +102,56 @@ class CheckpointWriter:
         *,
         keep_last: int,
         async_save: bool,
+        resumed_step: int | None = None,
         on_saved: Callable[[int, Path], None] = lambda step, path: None,
     ) -> None:
         self.directory = directory
         self.topology = topology
         self.keep_last = keep_last
         self.on_saved = on_saved
+        self._complete = set() if resumed_step is None else {resumed_step}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if async_save else None
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: Future[None] | None = None
         if topology.is_first:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob("step_*.partial"):
                 shutil.rmtree(leftover)
+            if resumed_step is not None:
+                self._continue_from(resumed_step)
         topology.barrier()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> CheckpointError | None:
         """Save a snapshot of ``tensors`` and the JSON-able ``values``; with ``async_save`` returns after the copy.
 
+        Returns:
+            Why the previous background save failed, if it did and nobody was told yet; this one has begun all the same.
+
         Raises:
-            CheckpointError: the previous background save failed, or (without ``async_save``) this one did.
+            CheckpointError: without ``async_save``, when this save failed.
         """
-        self.wait()
+        failure = None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            failure = error
+        if step in self._complete:
+            return failure  # what was resumed from, or saved a moment ago: the same step holds the same values
         if self._pool is None:
             self._write(step, dict(tensors), values)
-            return
-        snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-        self._pending = (step, self._pool.submit(self._write, step, snapshot, values))
+        else:
+            snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            self._pending = self._pool.submit(self._write, step, snapshot, values)
+        return failure
 
     def wait(self) -> None:
         """Wait for the background save; raises its CheckpointError, once."""
         if self._pending is not None:
-            _, future = self._pending
-            self._pending = None
+            future, self._pending = self._pending, None
             future.result()
 
     def poll(self) -> None:
         """Raise the error of a background save that has failed since; never waits."""
-        if self._pending is not None and self._pending[1].done():
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def close(self) -> None:
@@ -145,10 +164,9 @@ class CheckpointWriter:
 
     def _write(self, step: int, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> None:
         final = self.directory / step_name(step)
-        if final.is_dir():
-            return  # only complete checkpoints have this name; the same step of the same run holds the same values
         partial = final.with_name(final.name + ".partial")
         group = self.topology.checkpoint_group
+        cause: str | None = None
         try:
             state_dict_saver.save(
                 tensors,
@@ -156,33 +174,63 @@ class CheckpointWriter:
                 process_group=group,
                 no_dist=group is None,
             )
-            if self.topology.is_first:
-                self._publish(step, partial, final, values)
-        except DCP_ERRORS as error:
+        except DCP_ERRORS as error:  # raised on every rank, whichever failed
             cause = _root_cause(error)
-            needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            free_bytes = shutil.disk_usage(self.directory).free
-            if free_bytes < needed_bytes and "No space left" not in cause:
-                # torch's file writer hides the operating system's reason behind one of its own.
-                cause = f"No space left on device ({free_bytes:,} bytes free of {needed_bytes:,} needed): {cause}"
+        else:
             if self.topology.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"could not save step {step} to {final}: {cause}; " + self._what_is_left()) from error
+                try:
+                    self._publish(step, partial, final, values)
+                except Exception as error:
+                    cause = _root_cause(error)
+            cause = _of_first_rank(cause, group)
+        if cause is None:
+            self._complete.add(step)
+            if self.topology.is_first:
+                self.on_saved(step, final)
+            return
+        needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        free_bytes = shutil.disk_usage(self.directory).free if self.directory.is_dir() else needed_bytes
+        if free_bytes < needed_bytes and "No space left" not in cause:
+            # torch's file writer hides the operating system's reason behind one of its own.
+            cause = f"No space left on device ({free_bytes:,} bytes free of {needed_bytes:,} needed): {cause}"
+        if self.topology.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"could not save step {step} to {final}: {cause}; {self._what_is_left()}")
 
     def _publish(self, step: int, partial: Path, final: Path, values: Mapping[str, Any]) -> None:
+        """Give a complete checkpoint its name, then delete what is too old."""
+        storage = FileSystemReader(partial).read_metadata().storage_data or {}
+        missing = sorted({item.relative_path for item in storage.values()} - {p.name for p in partial.iterdir()})
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]}, which another rank wrote, is not in {partial}: all nodes must see the run directory"
+                " on a shared file system; set run.root"
+            )
         sizes = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
         meta = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": sizes, "values": dict(values)}
         _write_synced(partial / META_FILE, json.dumps(meta, indent=1))
         os.replace(partial, final)
-        _write_synced(self.directory / (LATEST_FILE + ".partial"), final.name)
-        os.replace(self.directory / (LATEST_FILE + ".partial"), self.directory / LATEST_FILE)
+        self._point_latest_at(final)
         for old in list_checkpoints(self.directory)[: -self.keep_last]:
             if old != final:
                 # Renamed first, so that a kill while deleting leaves no half checkpoint under a good name.
                 doomed = old.with_name(old.name + ".partial")
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
-        self.on_saved(step, final)
+
+    def _continue_from(self, step: int) -> None:
+        """Make ``step`` the newest checkpoint."""
+        for later in list_checkpoints(self.directory):
+            if _step_of(later) > step:
+                aside = later.with_name(later.name + ".superseded")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(later, aside)
+        if (self.directory / step_name(step)).is_dir():
+            self._point_latest_at(self.directory / step_name(step))
+
+    def _point_latest_at(self, checkpoint: Path) -> None:
+        _write_synced(self.directory / (LATEST_FILE + ".partial"), checkpoint.name)
+        os.replace(self.directory / (LATEST_FILE + ".partial"), self.directory / LATEST_FILE)
 
     def _what_is_left(self) -> str:
         left = list_checkpoints(self.directory)
@@ -197,7 +245,11 @@ def step_name(step: int) -> str:
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints under ``directory``, oldest first."""
     found = [p for p in directory.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_checkpoint(path: Path) -> CheckpointInfo:
@@ -300,6 +352,15 @@ def _offer_previous(path: Path) -> str:
     return "; there is no other good checkpoint beside it"
 
 
+def _of_first_rank(text: str | None, group: dist.ProcessGroup | None) -> str | None:
+    """What rank 0 has to say, on every rank of ``group``."""
+    if group is None or dist.get_world_size(group) == 1:
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
 def _root_cause(error: BaseException) -> str:
     """The line that says what went wrong: DCP wraps the failures of ranks, possibly twice."""
     failures = getattr(error, "failures", None)
@@ -307,6 +368,8 @@ def _root_cause(error: BaseException) -> str:
         rank, wrapped = sorted(failures.items())[0]
         inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         return f"rank {rank}: {type(inner).__name__}: {inner}"
+    if isinstance(error, CheckpointError):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 

@@ -65,14 +65,18 @@ class GradientReducer:
         self._buckets.append(bucket)
 
     def zero(self) -> None:
-        """Forget all gradients; they stay views into the buckets."""
+        """Begin a step: forget all gradients; they stay views into the buckets.
+
+        From here on :meth:`finish` reduces every bucket, even if this rank never gets to a backward pass.
+        """
+        self._next_bucket = 0
+        self._reduce_on_arrival = False
         for bucket in self._buckets:
             bucket.flat.zero_()
 
     def expect(self, last: bool) -> None:
         """Announce a backward pass; buckets are reduced during the ``last`` one of the step."""
         self._reduce_on_arrival = last and self.topology.world_size > 1
-        self._next_bucket = 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.params)
 

@@ -8,7 +8,7 @@ has one code path.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moe.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Topology:
         local_rank, local_world_size: position among the processes of this node.
         device: where this rank computes.
         device_reason: why that device was chosen, for the start banner.
-        group: the default process group's handle; checkpoint_group: a CPU group for background saves, so that their
-            collectives never interleave with training's.
+        checkpoint_group: a CPU group for background saves, so that their collectives never interleave with training's.
+        patient_group: a CPU group that waits for days, for work that one rank does while the others wait.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Topology:
     device: torch.device
     device_reason: str
     checkpoint_group: dist.ProcessGroup | None
+    patient_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +83,8 @@ class Topology:
     def first_rank_goes_first(self) -> Iterator[None]:
         """Rank 0 runs the block while the others wait, then they run it: for work that leaves a cache behind.
 
-        An error on rank 0 is raised on rank 0 only after the others have been told, so that nobody waits for it.
+        An error on rank 0 is raised on rank 0 only after the others have been told, so that nobody waits for it. The
+        wait may take days; a rank that dies meanwhile still ends it at once.
         """
         problem: BaseException | None = None
         if self.is_first:
@@ -88,27 +92,58 @@ class Topology:
                 yield
             except BaseException as error:
                 problem = error
-            if self.broadcast_object(problem is not None):
-                assert problem is not None
+            self._tell_waiting(problem is not None)
+            if problem is not None:
                 raise problem
         else:
-            if self.broadcast_object(None):
+            if self._tell_waiting(False):
                 raise SystemExit(PEER_FAILED_EXIT_CODE)
             yield
 
+    def _tell_waiting(self, failed: bool) -> bool:
+        """Rank 0's ``failed`` on every rank."""
+        if self.world_size == 1:
+            return failed
+        box = [failed]
+        dist.broadcast_object_list(box, src=0, group=self.patient_group)
+        return box[0]
 
+
+PATIENCE = timedelta(days=7)
 PEER_FAILED_EXIT_CODE = 3
 """Exit code of a rank that stops only because another one failed and has said why."""
 
 
-def choose_device(local_rank: int) -> tuple[torch.device, str]:
-    """The device of this rank and the reason: its own CUDA device where there is one, else the CPU."""
+def choose_device(local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
+    """The device of this rank and the reason: CUDA where every rank of this node has a device of its own, else the CPU.
+
+    All or none: a rank on a CUDA device and one on the CPU would wait for each other in different backends.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu"), "no CUDA device"
     count = torch.cuda.device_count()
-    if local_rank >= count:
-        return torch.device("cpu"), f"local rank {local_rank} has no CUDA device of its own ({count} present)"
+    if count < local_world_size:
+        return torch.device("cpu"), f"{count} CUDA device(s) for {local_world_size} ranks on this node"
     return torch.device("cuda", local_rank), "CUDA is available"
+
+
+def check_one_kind_of_device(kinds: Sequence[str]) -> None:
+    """Refuse to mix devices.
+
+    Args:
+        kinds: "cpu" or "cuda" of every rank.
+
+    Raises:
+        ConfigError: they differ; names the first rank of each kind.
+    """
+    if len(set(kinds)) > 1:
+        named = ", ".join(f"rank {kinds.index(kind)} on {kind}" for kind in sorted(set(kinds)))
+        raise ConfigError(
+            [
+                f"ranks compute on different kinds of device ({named}): give every node as many CUDA devices as"
+                " --nproc-per-node, or hide them all with CUDA_VISIBLE_DEVICES="
+            ]
+        )
 
 
 @contextmanager
@@ -121,7 +156,7 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
     env = os.environ
     rank, world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
     local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
-    device, reason = choose_device(local_rank)
+    device, reason = choose_device(local_rank, local_world)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -133,7 +168,11 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
-        yield Topology(rank, world_size, local_rank, local_world, device, reason, checkpoint_group)
+        patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        kinds = [device.type] * world_size
+        dist.all_gather_object(kinds, device.type, group=checkpoint_group)
+        check_one_kind_of_device(kinds)
+        yield Topology(rank, world_size, local_rank, local_world, device, reason, checkpoint_group, patient_group)
     finally:
         # A rank that fails must not wait in the shutdown handshake for ranks that still compute.
         if dist.is_initialized():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.records import EvalRecord, LogRecord, RunInfo, SampleRecord
@@ -33,3 +35,49 @@ class Callback:
 
     def on_end(self) -> None:
         """Training is over, normally or by interrupt."""
+
+
+class CallbackList(Callback):
+    """Passes each event to several callbacks, in order.
+
+    A callback that fails (a full disk, a tracker's server) is reported once on stderr and costs only what it would have
+    written: training goes on, and it is asked again at the next event.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        self._callbacks = list(callbacks)
+        self._reported: set[int] = set()
+
+    def on_start(self, info: RunInfo) -> None:
+        self._tell(lambda callback: callback.on_start(info))
+
+    def on_step(self, step: int) -> None:
+        self._tell(lambda callback: callback.on_step(step))
+
+    def on_log(self, record: LogRecord) -> None:
+        self._tell(lambda callback: callback.on_log(record))
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self._tell(lambda callback: callback.on_eval(record))
+
+    def on_sample(self, record: SampleRecord) -> None:
+        self._tell(lambda callback: callback.on_sample(record))
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        self._tell(lambda callback: callback.on_checkpoint(step, path))
+
+    def on_message(self, text: str) -> None:
+        self._tell(lambda callback: callback.on_message(text))
+
+    def on_end(self) -> None:
+        self._tell(lambda callback: callback.on_end())
+
+    def _tell(self, event: Callable[[Callback], None]) -> None:
+        for index, callback in enumerate(self._callbacks):
+            try:
+                event(callback)
+            except Exception as error:
+                if index not in self._reported:
+                    self._reported.add(index)
+                    what = f"{type(callback).__name__} failed: {type(error).__name__}: {error}"
+                    print(f"warning: {what}; training goes on without what it writes", file=sys.stderr, flush=True)

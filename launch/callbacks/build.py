@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.callbacks.base import Callback
+from launch.callbacks.base import Callback, CallbackList
 from launch.callbacks.console import ConsoleLog
 from launch.callbacks.metrics_file import MetricsFile
 from launch.config import TrainConfig
 from launch.run_dir import METRICS_FILE
 
 
-def build_callbacks(config: TrainConfig, run_dir: Path, quiet: bool) -> list[Callback]:
+def build_callbacks(config: TrainConfig, run_dir: Path, quiet: bool) -> CallbackList:
     """Callbacks of one run; trackers are imported only when they are used.
 
     Raises:
@@ -29,4 +29,4 @@ def build_callbacks(config: TrainConfig, run_dir: Path, quiet: bool) -> list[Cal
     from launch.callbacks.heatmap import HeatmapWriter
 
     callbacks.append(HeatmapWriter(run_dir / "heatmaps", config.track.heatmap_interval))
-    return callbacks
+    return CallbackList(callbacks)

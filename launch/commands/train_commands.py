@@ -68,7 +68,7 @@ def train(
         return run_ranks(nproc, arguments)
     from launch.train import main
 
-    return main(arguments)
+    return main(arguments, program=("moeyard", "train"))
 
 
 def evaluate(

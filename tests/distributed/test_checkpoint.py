@@ -160,6 +160,112 @@ def test_another_structure_names_the_paths_and_changes_nothing(tmp_path: Path) -
         load_tensors(read_checkpoint(tmp_path / "step_000001"), narrow, ALONE)
 
 
+def mark(folder: Path, step: int) -> float:
+    """The number that a checkpoint's values carry."""
+    return float(read_checkpoint(folder / f"step_{step:06d}").values["mark"])
+
+
+def test_a_run_resumed_from_an_earlier_step_writes_its_own_later_checkpoints(tmp_path: Path) -> None:
+    tensors = training_tensors(*state(0))
+    writer = writer_for(tmp_path, keep_last=9)
+    for step in (4, 8, 12):
+        writer.save(step, tensors, {"mark": 1})
+    data_file = next((tmp_path / "step_000012").glob("*.distcp"))
+    data_file.write_bytes(data_file.read_bytes()[:-100])
+
+    resumed = writer_for(tmp_path, keep_last=2, resumed_step=4)
+    assert (tmp_path / "latest").read_text() == "step_000004"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000004"]
+    assert sorted(p.name for p in tmp_path.glob("*.superseded")) == [
+        "step_000008.superseded",
+        "step_000012.superseded",
+    ]
+    for step in (4, 8, 12):
+        resumed.save(step, tensors, {"mark": 2})
+    assert (tmp_path / "latest").read_text() == "step_000012"
+    assert (mark(tmp_path, 8), mark(tmp_path, 12)) == (2, 2)
+    assert find_checkpoint(tmp_path).name == "step_000012"
+
+
+def test_a_kill_before_latest_was_written_is_mended_by_the_resume(tmp_path: Path) -> None:
+    tensors = training_tensors(*state(0))
+    writer = writer_for(tmp_path)
+    writer.save(4, tensors, {})
+    writer.save(8, tensors, {})
+    (tmp_path / "latest").write_text("step_000004")
+    resumed = writer_for(tmp_path, resumed_step=8)
+    assert resumed.save(8, tensors, {}) is None
+    assert find_checkpoint(tmp_path).name == "step_000008"
+
+
+def test_an_unreported_failure_does_not_swallow_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = training_tensors(*state(0))
+    writer = writer_for(tmp_path, async_save=True)
+    with monkeypatch.context() as broken:
+        broken.setattr("parallel.checkpoint._write_synced", full_disk)
+        assert writer.save(2, tensors, {}) is None
+        assert writer._pending is not None
+        assert isinstance(writer._pending.exception(timeout=60), CheckpointError)
+    failure = writer.save(4, tensors, {})
+    assert "could not save step 2" in str(failure)
+    writer.close()
+    assert find_checkpoint(tmp_path).name == "step_000004"
+
+
+def full_disk(*_args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def save_four_times_and_fail_once(topology: Topology, folder: str) -> list[str | None]:
+    """Publishing step 2 fails on rank 0, the only one that publishes."""
+    import parallel.checkpoint as module
+
+    publish = module.CheckpointWriter._publish
+
+    def fail_once(self: CheckpointWriter, step: int, *args: object) -> None:
+        if step == 2:
+            full_disk()
+        publish(self, step, *args)
+
+    module.CheckpointWriter._publish = fail_once
+    writer = CheckpointWriter(Path(folder), topology, keep_last=9, async_save=True)
+    tensors = training_tensors(*state(5))
+    tensors[f"rng.rank_{topology.rank}.torch"] = torch.full((3,), topology.rank)
+    failures = [writer.save(step, tensors, {"step": step}) for step in (2, 4, 6)]
+    writer.close()
+    return [failure and str(failure) for failure in failures]
+
+
+def test_ranks_stay_in_step_after_a_save_that_failed_on_one(tmp_path: Path) -> None:
+    for first, second, third in run_distributed(save_four_times_and_fail_once, 2, str(tmp_path)):
+        assert (first, third) == (None, None)
+        assert "could not save step 2" in second
+        assert "No space left" in second
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000004", "step_000006"]
+    for step in (4, 6):
+        info = read_checkpoint(tmp_path / f"step_{step:06d}")
+        assert {"__0_0.distcp", "__1_0.distcp"} <= {p.name for p in info.path.iterdir()}
+        tensors = training_tensors(*state(6))
+        load_tensors(info, tensors, ALONE)
+        assert_same(training_tensors(*state(5)), tensors)
+
+
+def save_to_own_folder(topology: Topology, folder: str) -> str:
+    writer = CheckpointWriter(Path(folder) / f"node{topology.rank}", topology, keep_last=2, async_save=False)
+    tensors = training_tensors(*state(5))
+    tensors[f"rng.rank_{topology.rank}.torch"] = torch.full((3,), topology.rank)
+    with pytest.raises(CheckpointError) as caught:
+        writer.save(4, tensors, {})
+    return str(caught.value)
+
+
+def test_nodes_without_a_shared_folder_cannot_publish_half_a_checkpoint(tmp_path: Path) -> None:
+    for message in run_distributed(save_to_own_folder, 2, str(tmp_path)):
+        assert "__1_0.distcp, which another rank wrote, is not in" in message
+        assert "shared file system" in message
+    assert not list(tmp_path.glob("*/step_000004"))
+
+
 def save_from(topology: Topology, folder: str) -> None:
     writer = CheckpointWriter(Path(folder), topology, keep_last=2, async_save=True)
     tensors = training_tensors(*state(5))

@@ -111,3 +111,26 @@ def different_weights(topology: Topology) -> str:
 
 def test_ranks_that_start_apart_are_noticed() -> None:
     assert run_distributed(different_weights, 2) == ["rank 1 holds other initial parameters than rank 0"] * 2
+
+
+def skip_a_backward_pass(topology: Topology) -> list[float]:
+    """Rank 1 gets no loss in the second step, as when its gate refuses scores that are NaN."""
+    net = Net().double()
+    reducer = GradientReducer(net.parameters(), topology, 1)
+    x = torch.ones(2, 6, dtype=torch.float64)
+    norms = []
+    for step in range(3):
+        reducer.zero()
+        if not (topology.rank == 1 and step == 1):
+            reducer.expect(last=True)
+            net(x).square().sum().backward()
+        reducer.finish()
+        norms.append(float(reducer.grad_norm()))
+    return norms
+
+
+def test_a_rank_without_a_backward_pass_still_meets_the_others() -> None:
+    first, second = run_distributed(skip_a_backward_pass, 2)
+    assert first == second
+    assert first[1] == pytest.approx(first[0] / 2)
+    assert first[2] == first[0]

@@ -5,7 +5,6 @@ Resume: training.md's pain 5 (resume at another world size) and DESIGN's promise
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,109 +18,9 @@ import pytest
 
 from parallel.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from tests.harness import free_port
+from tests.training_program import ROOT, environment, losses, only_run, options, run, start, wait_for_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    "data.tokenizer.kind=bytes",
-    "data.validation_fraction=0.2",
-    "model.dim=32",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "model.moe.num_experts=4",
-    "model.moe.hidden_dim=32",
-    "train.seq_len=32",
-    "train.global_batch=8",
-    "train.micro_batch=2",
-    "optim.warmup_steps=2",
-    "eval.interval=0",
-    "eval.sample_interval=0",
-    "eval.sample_tokens=4",
-    "eval.final_sequences=8",
-    "track.log_interval=1",
-    "track.heatmap_interval=0",
-    "track.tensorboard=false",
-    "checkpoint.interval=4",
-    "checkpoint.keep_last=9",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(10):
-        lines = [
-            f"Act {number}, line {i}: the {i * number} quick foxes jump over {i % 7} lazy dogs." for i in range(60)
-        ]
-        (folder / f"play{number}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-def options(corpus: Path, work: Path, *more: str) -> list[str]:
-    data = [f"data.sources=[{{source: {corpus}}}]", f"data.cache={corpus / 'cache'}", f"run.root={work / 'runs'}"]
-    return [*SMALL, *data, *more]
-
-
-def command(ranks: int, *args: str) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "launch/train.py", *args]
-    port = f"--master-port={free_port()}"
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        port,
-        "launch/train.py",
-        *args,
-    ]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1"}
-
-
-def run(ranks: int, *args: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
-def start(ranks: int, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(ranks, *args),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def only_run(work: Path) -> Path:
-    (found,) = (work / "runs").iterdir()
-    return found
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
-
-
-def wait_for_step(process: subprocess.Popen[str], work: Path, step: int, timeout: float = 90) -> Path:
-    """Wait until the run has logged ``step``; returns its folder."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        metrics = list(work.glob("runs/*/metrics.jsonl"))
-        if metrics and f'"step": {step},' in metrics[0].read_text():
-            return metrics[0].parent
-        if process.poll() is not None:
-            raise AssertionError(f"ended with {process.returncode} before step {step}:\n{process.stdout.read()}")
-        time.sleep(0.1)
-    raise AssertionError(f"did not reach step {step} in {timeout} s")
 
 
 @pytest.fixture(scope="module")
@@ -261,29 +160,6 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(corpus: Path, tmp_path:
         assert info.step > 0
 
 
-def test_a_rank_that_dies_ends_the_run_without_a_hang(corpus: Path, tmp_path: Path) -> None:
-    process = start(2, *options(corpus, tmp_path, "train.steps=100000"))
-    wait_for_step(process, tmp_path, 2)
-    workers = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode not in (0, None), output
-    assert "Signal 9" in output or "SIGKILL" in output, output
-
-
-def test_nan_stops_names_the_layer_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    args = options(corpus, tmp_path, "train.steps=40", "optim.lr=1e18", "optim.clip_norm=0", "checkpoint.interval=1")
-    result = run(1, *args)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert re.search(r"error: step \d+: loss", result.stderr), result.stderr
-    assert re.search(r"blocks\.\d|embed|norm", result.stderr), result.stderr
-    assert "Traceback" not in result.stderr
-    read_checkpoint(find_checkpoint(only_run(tmp_path) / "checkpoints"))
-
-
 def test_all_option_errors_at_once_with_nearest_names(corpus: Path, tmp_path: Path) -> None:
     result = run(1, *options(corpus, tmp_path, "optim.lrr=1", "train.steps=many", "gate.kk=3"))
     assert result.returncode == 2
@@ -305,22 +181,3 @@ def test_dry_run_prints_numbers_and_writes_nothing(corpus: Path, tmp_path: Path)
     for text in ("parameters", "FLOPs", "memory"):
         assert text.lower() in result.stdout.lower(), result.stdout
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tiny file system; run as root")
-def test_a_full_disk_while_saving_is_reported_and_loses_nothing(corpus: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "runs"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        # One checkpoint fits, two do not.
-        result = run(1, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=4", "checkpoint.keep_last=1"))
-        output = result.stdout + result.stderr
-        assert "No space left on device" in output, output
-        assert result.returncode == 1, output
-        info = read_checkpoint(find_checkpoint(only_run(tmp_path) / "checkpoints"))
-        assert info.step == 4
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -114,7 +114,7 @@ def test_packages_here_or_in_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     found = only(doctor.installed_packages())
     assert found.status == "warn"
     assert f"runs from the clone at {ROOT}" in found.text
-    assert "pip install -e ." in found.mend
+    assert found.mend.startswith(f"pip install -e '{ROOT}'")
 
 
 def test_packages_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,9 @@ def test_another_project_that_installs_moe() -> None:
     found = only(doctor.name_owners({"moe": ["moeyard", "mixture-of-experts", "moe"], "gates": ["moeyard"]}))
     assert found.status == "fail"
     assert found.text == "`import moe` also belongs to the installed project mixture-of-experts, moe"
-    assert found.mend.startswith("pip uninstall mixture-of-experts moe;")
+    assert found.mend == (
+        f"pip uninstall mixture-of-experts moe && pip install --force-reinstall --no-deps -e '{ROOT}'"
+    )
 
 
 @pytest.mark.parametrize("file", ["serve/__init__.py", "serve.py"], ids=["package", "module"])
@@ -318,16 +320,23 @@ def test_extras(monkeypatch: pytest.MonkeyPatch) -> None:
             "extras",
             "warn",
             "extra serve: no_such_module not installed",
-            "pip install 'moeyard[serve]' to serve over HTTP",
+            f"pip install -e '{ROOT}[serve]'  # to serve over HTTP",
         ),
         Finding(
             "extras",
             "info",
             "extra track: nor_this, nor_that not installed",
-            "pip install 'moeyard[track]' to track runs",
+            f"pip install -e '{ROOT}[track]'  # to track runs",
         ),
         Finding("extras", "ok", "extra data: json"),
     ]
+
+
+def test_what_to_install_from_a_clone_and_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._ourselves() == f"-e '{ROOT}'"
+    (tmp_path / "launch").mkdir()
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "launch" / "doctor.py"))  # as in site-packages
+    assert doctor._ourselves("ray") == "'moeyard[ray]'"
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------

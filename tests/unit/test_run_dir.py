@@ -45,6 +45,27 @@ def test_latest_run_needs_a_complete_checkpoint_and_the_exact_name(tmp_path: Pat
     assert set(list_runs(tmp_path)) == {old, new, other}
 
 
+def test_the_newest_run_is_the_one_that_started_last_whatever_was_written_since(tmp_path: Path) -> None:
+    names = ["demo-20260101-000000", "demo-20260102-000000", "demo-20260102-000000-2", "demo-20260102-000000-10"]
+    for name in reversed(names):
+        (tmp_path / name / "checkpoints" / "step_000001").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / names[0] / "report.html").touch()
+    assert [run.name for run in list_runs(tmp_path, "demo")] == names
+    latest = find_latest_run(tmp_path, "demo")
+    assert latest is not None
+    assert latest.name == names[-1]
+
+
+def test_truncation_drops_the_final_evaluation_that_a_resumed_run_makes_again(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path), [])
+    rows = [{"kind": "eval", "step": 2, "final": False}, {"kind": "eval", "step": 4, "final": True}]
+    metrics = run.path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.truncate_metrics(after_step=4)
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows[:1]
+
+
 def test_truncation_drops_later_rows_and_a_torn_last_row(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path), [])
     rows = [{"kind": "train", "step": s, "loss": s / 3} for s in (1, 2, 3)]
