@@ -174,7 +174,7 @@ def test_unreadable_file_in_a_folder(tmp_path):
 
 
 def test_parquet_rows_are_documents_over_row_groups(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs: pip install pyarrow")
     from pyarrow import parquet
 
     file = tmp_path / "rows.parquet"
@@ -203,7 +203,7 @@ def test_missing_optional_library_says_what_to_install(tmp_path, monkeypatch, mo
 
 @pytest.mark.peer
 def test_data_set_of_the_datasets_library(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs: pip install 'moeyard[data]'")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "set"
     folder.mkdir()

@@ -13,7 +13,7 @@ TEXT = "To be, or not to be:  that is the question.\n\nNaïve café 🎭 <|im_st
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_transformers_agrees(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="compares with it: pip install transformers")
     ours = Tokenizer.bytes() if kind == "bytes" else Tokenizer.train_bpe([TEXT * 5], 300)
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
