@@ -22,7 +22,7 @@ from launch.export import TOKENIZER_FOLDER, export_model
 from launch.interrupt import Interrupt
 from launch.optim import build_optimizer
 from launch.records import RunInfo
-from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER
+from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER, RunDirError
 from launch.trainer import Trainer, random_state, set_random_state
 from moe import Tokenizer, Transformer
 from moe.config import count_params, flops_per_token
@@ -124,7 +124,8 @@ def resolve(
 
     Raises:
         ConfigError: options are wrong, or the model's structure differs from the checkpoint's.
-        CheckpointError: nothing to resume, or the checkpoint is damaged.
+        RunDirError: there is nothing at that path.
+        CheckpointError: the checkpoint is damaged, or is none.
     """
     from launch.config_file import config_from_values, load_config, structural_difference
     from launch.run_dir import find_latest_run
@@ -140,7 +141,7 @@ def resolve(
     else:
         path = Path(resume)
         if not path.is_dir():
-            raise CheckpointError(f"--resume {resume}: there is no such folder")
+            raise RunDirError(f"--resume {resume}: there is no such folder")
         if (path / CHECKPOINT_FOLDER).is_dir():
             path = find_checkpoint(path / CHECKPOINT_FOLDER)
     info = read_checkpoint(path)

@@ -57,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args  # wherever it stands: people add it to the end of the line that failed
     args = ["--debug"] * debug + [arg for arg in args if arg != "--debug"]
     try:
-        result = typer.main.get_command(app).main(args, prog_name="moeyard", standalone_mode=False)
+        # Not the command's own main(): it would turn interrupts, closed pipes and EOFErrors into codes without a word.
+        command = typer.main.get_command(app)
+        with command.make_context("moeyard", args) as context:
+            result = command.invoke(context)
+        sys.stdout.flush()  # here, where a closed pipe is no surprise
+    except typer.Exit as end:
+        return end.exit_code
     except UserError as error:
         if debug:
             raise

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from gates import build_gate, gate_names, gate_type
 from launch.config import TrainConfig
 from launch.config_layers import COMMAND_LINE, RECIPES, Layers, find_config, merge_file, settle_unquoted
-from launch.config_problems import describe, locate, mistyped_booleans, wants_text
+from launch.config_problems import describe, discard, mistyped_booleans, wants_text, wrong_combinations
 from moe.errors import ConfigError
 
 __all__ = [
@@ -183,13 +183,16 @@ def _resolve(layers: Layers, overrides: Sequence[str], world_size: int | None) -
     if isinstance(layers.values.get("gate"), dict):
         layers.values["gate"].setdefault("name", layers.default_gate)
     layers.values = settle_unquoted(layers.values, lambda keys: wants_text(keys, layers.values))
-    for keys in list(mistyped_booleans(layers.values)):
+    mistyped = list(mistyped_booleans(layers.values))
+    for keys in mistyped:
         problems.append(f"{layers.origin(keys)}  {'.'.join(map(str, keys))}: must not be true or false")
+        discard(layers.values, keys)
+    wrong = frozenset(str(keys[0]) for keys in mistyped)
     try:
         config = TrainConfig.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(problems + describe(layers, error, ranks)) from error
-    problems += [locate(layers, problem) for problem in config.check(ranks)]
+        raise ConfigError(problems + describe(layers, error, ranks, wrong)) from error
+    problems += wrong_combinations(layers, config, ranks, wrong)
     if problems:
         raise ConfigError(problems)
     leaves = flatten(config.model_dump(mode="json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,16 +83,17 @@ class Layers:
         """Apply one ``dotted.path=value``; returns what is wrong with it, or None."""
         path, equals, raw = text.partition("=")
         if not equals or not path:
-            return f"{COMMAND_LINE}  {text!r}: expected path.to.option=value"
+            is_file = (RECIPES / f"{text}.yaml").is_file() or text.endswith((".yaml", ".yml"))
+            hint = f". Did you mean --config {text}?" if is_file else ""
+            return f"{COMMAND_LINE}  {text!r}: expected path.to.option=value{hint}"
         keys: list[str | int] = [int(part) if re.fullmatch("[0-9]+", part) else part for part in path.split(".")]
         if "" in keys or isinstance(keys[0], int):
             return f"{COMMAND_LINE}  {text!r}: {path!r} is not a path like train.steps or data.sources.0.weight"
         try:
-            value = yaml.safe_load(raw) if raw else ""
-        except yaml.YAMLError as error:
-            return f"{COMMAND_LINE}  {path}: the value is not valid YAML: {str(error).splitlines()[0]}"
-        if not isinstance(value, (str, list, dict, type(None))):
-            value = _Unquoted(raw, value)
+            value = _parse(raw)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            why = getattr(error, "problem", None) or str(error).splitlines()[0]
+            return f"{COMMAND_LINE}  {path}: the value is not valid YAML: {why}. Text can stand in quotes: '\"...\"'"
         if any(isinstance(key, int) for key in keys):
             return self._override_item(keys, value, path)
         nested: Any = value
@@ -151,6 +153,29 @@ class _Unquoted:
 
     text: str
     value: Any
+
+
+def _parse(raw: str) -> Any:
+    """The value of an override: YAML, except that ``ROMEO:``, ``a #b`` and other unquoted text stays as it is.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        ValueError: a mapping or list that contains itself.
+    """
+    text = raw.strip(" ")
+    unquoted = not text.startswith(tuple("{['\"!|>&*"))
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except (yaml.MarkedYAMLError, ValueError):  # ValueError: 2024-99-99 looks like a date
+        if not unquoted:
+            raise
+        return text
+    if unquoted and (isinstance(value, (str, dict, list)) or text.startswith("#")):
+        return text
+    if isinstance(value, (str, dict, list, type(None))):
+        json.dumps(value, default=str)  # a circular reference is a ValueError
+        return value
+    return _Unquoted(text, value)
 
 
 def settle_unquoted(values: Any, wants_text: Callable[[PathKeys], bool], keys: PathKeys = ()) -> Any:
@@ -234,9 +259,15 @@ class _Reader:
                 return self._mapping(node, keys)
             if isinstance(node, yaml.SequenceNode):
                 return [self.plain(item, (*keys, index)) for index, item in enumerate(node.value)]
-            return self._constructor.construct_object(node)
+            return self._scalar(node)
         finally:
             self._open.pop()
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self._constructor.construct_object(node)
+        except ValueError as error:  # 2024-99-99 looks like a date
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from error
 
     def _mapping(self, node: yaml.MappingNode, keys: PathKeys) -> dict[str, Any]:
         first_line: dict[str, int] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,11 +21,14 @@ from launch.config_layers import Layers, PathKeys
 _LOOKS_AT = {"gate": {"gate", "model"}, "train": {"train", "model"}}
 
 
-def describe(layers: Layers, error: ValidationError, world_size: int) -> list[str]:
-    """Every problem of ``layers.values`` as a line: those that ``error`` found, and wrong combinations of the rest."""
+def describe(layers: Layers, error: ValidationError, world_size: int, wrong: frozenset[str]) -> list[str]:
+    """Every problem of ``layers.values`` as a line: those that ``error`` found, and wrong combinations of the rest.
+
+    Args:
+        wrong: sections that are known to have other problems.
+    """
     items = error.errors(include_url=False)
     problems = [_line(layers, item) for item in items]
-    wrong = {str(item["loc"][0]) for item in items if item["loc"]}
     repaired = copy.deepcopy(layers.values)
     for item in items:
         _remove(repaired, item["loc"])
@@ -32,33 +36,44 @@ def describe(layers: Layers, error: ValidationError, world_size: int) -> list[st
         config = TrainConfig.model_validate(repaired)
     except ValidationError:
         return problems
+    wrong |= {str(item["loc"][0]) for item in items if item["loc"]}
+    return problems + wrong_combinations(layers, config, world_size, wrong)
+
+
+def wrong_combinations(layers: Layers, config: TrainConfig, world_size: int, wrong: frozenset[str]) -> list[str]:
+    """What :meth:`TrainConfig.check` finds, with the place of the option; nothing that looks at ``wrong`` sections."""
+    problems = []
     for problem in config.check(world_size):
-        section = problem.partition(".")[0]
+        path = problem.partition(":")[0]
+        section = path.partition(".")[0]
         if not wrong & _LOOKS_AT.get(section, {section}):
-            problems.append(locate(layers, problem))
+            problems.append(f"{layers.origin(tuple(path.split('.')))}  {problem}")
     return problems
-
-
-def locate(layers: Layers, problem: str) -> str:
-    """``"path: message"`` with the place where the path was set."""
-    keys: PathKeys = tuple(problem.partition(":")[0].split("."))
-    return f"{layers.origin(keys)}  {problem}"
 
 
 def mistyped_booleans(values: Mapping[str, Any]) -> Iterator[PathKeys]:
     """Paths where true or false stands for a number; pydantic would take true for 1."""
 
-    def walk(section: Mapping[str, Any], keys: PathKeys) -> Iterator[PathKeys]:
-        for name, value in section.items():
-            if isinstance(value, Mapping):
+    def walk(section: Mapping[str, Any] | list[Any], keys: PathKeys) -> Iterator[PathKeys]:
+        for name, value in section.items() if isinstance(section, Mapping) else enumerate(section):
+            if isinstance(value, (Mapping, list)):
                 yield from walk(value, (*keys, name))
             elif isinstance(value, bool):
                 found = field_at((*keys, name), values)
-                kinds = set(_leaf_types(found.annotation)) if found is not None else set()
+                kinds = set(_leaf_types(found.annotation, items=isinstance(name, int))) if found is not None else set()
                 if kinds & {int, float} and bool not in kinds:
                     yield (*keys, name)
 
     return walk(values, ())
+
+
+def discard(values: Any, keys: PathKeys) -> None:
+    """Take the named option at ``keys`` out; of an item of a list of plain values, the list."""
+    while isinstance(keys[-1], int):
+        keys = keys[:-1]
+    for key in keys[:-1]:
+        values = values[key]
+    values.pop(keys[-1], None)
 
 
 def wants_text(keys: PathKeys, values: Mapping[str, Any]) -> bool:
@@ -69,7 +84,11 @@ def wants_text(keys: PathKeys, values: Mapping[str, Any]) -> bool:
 
 
 def field_at(keys: PathKeys, values: Mapping[str, Any]) -> FieldInfo | None:
-    """The config field that ``keys`` names; None when there is none."""
+    """The config field that ``keys`` names, of a list's item the list's; None when there is none."""
+    while keys and isinstance(keys[-1], int):
+        keys = keys[:-1]
+    if not keys:
+        return None
     owner = _owner(keys[:-1], values)
     return owner.model_fields.get(str(keys[-1])) if owner else None
 
@@ -91,7 +110,7 @@ def _line(layers: Layers, error: ErrorDetails) -> str:
         hint = _did_you_mean(error["input"], _choices(field_at(keys, layers.values)))
     elif kind.startswith(("model_type", "model_attributes_type", "dict_type")):
         message = "is a section of options, not a single value"
-    message = message.replace("Input should be", "must be", 1)
+    message = re.sub(r"^\w+ should ", "must ", message).replace(" after validation", "")
     given = error.get("input")
     shown = "" if isinstance(given, (dict, list)) or "unknown gate" in message else f" (given: {given!r})"
     return f"{where}  {path}: {message}{shown}{'.' * bool(hint)}{hint}"
@@ -157,12 +176,21 @@ def _section_type(annotation: Any, *, inside_lists: bool = False) -> type[BaseMo
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _leaf_types(annotation: Any) -> Iterator[type]:
-    """Plain types that an annotation allows; a Literal counts as the types of its values."""
+def _leaf_types(annotation: Any, *, items: bool = False) -> Iterator[type]:
+    """Plain types that an annotation allows; a Literal counts as the types of its values.
+
+    Args:
+        items: of a list or tuple take the types of what it holds.
+    """
     origin = get_origin(annotation)
     if origin is Literal:
         yield from (type(value) for value in get_args(annotation))
     elif origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _leaf_types(part, items=items)
+    elif origin is Annotated:
+        yield from _leaf_types(get_args(annotation)[0], items=items)
+    elif items and origin in (list, tuple):
         for part in get_args(annotation):
             yield from _leaf_types(part)
     elif isinstance(annotation, type):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.config import TrainConfig
+from launch.run_dir import CHECKPOINT_FOLDER, RunDirError
 from moe import Tokenizer, Transformer
 from moe.checkpoint import save_model
-from moe.errors import CheckpointError, TokenizerError
+from moe.errors import TokenizerError
 from parallel.checkpoint import find_checkpoint, load_tensors, read_checkpoint, step_name, training_tensors
 from parallel.topology import connect
 
@@ -31,13 +32,15 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
         out: where to; None means the run's own ``model`` folder.
 
     Raises:
-        CheckpointError: no such run or checkpoint, or it is damaged.
+        RunDirError: no such run.
+        CheckpointError: no such checkpoint, or it is damaged.
     """
     from launch.config_file import config_from_values
 
-    folder = Path(run) / "checkpoints"
+    folder = Path(run) / CHECKPOINT_FOLDER
     if not folder.is_dir():
-        raise CheckpointError(f"{run} is not a run directory: it has no checkpoints folder")
+        what = "is not a run directory: it has no checkpoints folder" if Path(run).is_dir() else "does not exist"
+        raise RunDirError(f"{run} {what}")
     info = read_checkpoint(find_checkpoint(folder) if step is None else folder / step_name(step))
     config = config_from_values(info.values["config"], [], origin=str(info.path))
     tokenizer = Tokenizer.load(Path(run) / TOKENIZER_FOLDER)

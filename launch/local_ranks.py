@@ -50,11 +50,14 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
 def _code_of_first(error: ChildFailedError) -> int:
     """The exit code of the rank that failed first, of its own accord; says so when a signal killed it."""
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int, int]:
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int, int]:
         rank, failure = item
-        return failure.exitcode == PEER_FAILED_EXIT_CODE, failure.timestamp, rank
+        ended = failure.exitcode == -signal.SIGTERM  # by the agent, as soon as another rank had failed
+        return ended, failure.exitcode == PEER_FAILED_EXIT_CODE, failure.timestamp, rank
 
     rank, failure = min(error.failures.items(), key=order)
+    if failure.exitcode == PEER_FAILED_EXIT_CODE:
+        return 1  # the rank that has said what went wrong was ended before it could exit with its own code
     if failure.exitcode >= 0:
         return failure.exitcode
     number = -failure.exitcode

@@ -1,6 +1,6 @@
 """Train a mixture-of-experts language model.
 
-    torchrun --nproc-per-node 2 launch/train.py --config launch/configs/tiny.yaml gate.k=1 train.steps=200
+    torchrun --nproc-per-node 2 launch/train.py --config launch/configs/tiny.yaml gate.k=4 train.steps=200
     torchrun --nproc-per-node 2 launch/train.py --resume runs/tiny-20260102-030405
 
 One process works without torchrun: ``python launch/train.py --config tiny``.
@@ -57,6 +57,10 @@ def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
         time.sleep(0 if rank == 0 else GRACE_S)
         _print_error(rank, str(error))
         return error.exit_code
+    except SystemExit:
+        # Another rank has failed and is about to say why; torchrun would end it as soon as this one is gone.
+        time.sleep(GRACE_S)
+        raise
     except KeyboardInterrupt:
         _print_error(rank, "interrupted before the state could be saved; the last checkpoint is untouched")
         return 130

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +34,7 @@ def list_gates(as_json: Json = False) -> None:
     """List the gates that gate.name can be."""
     from gates import gate_names, gate_type
 
-    summaries = {name: _first_sentence(gate_type(name).__doc__) for name in gate_names()}
+    summaries = {name: _first_sentence(_about(gate_type(name))) for name in gate_names()}
     if as_json:
         print(json.dumps(summaries))
         return
@@ -44,26 +46,24 @@ def list_gates(as_json: Json = False) -> None:
 
 def show_gate(name: Annotated[str, typer.Argument(help="The gate's name.")], as_json: Json = False) -> None:
     """Show a gate's options, their defaults and what they mean."""
-    import inspect
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from gates import gate_type
-    from moe.errors import UserError
+    from moe.errors import ConfigError
 
     try:
         found = gate_type(name)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise ConfigError([str(error)]) from error
     schema = found.config_type.model_json_schema()
     if as_json:
         print(json.dumps(schema))
         return
     console = Console(highlight=False)
     console.print(Text(f"gate {name}", style="bold"))
-    console.print(Text(inspect.cleandoc(inspect.getmodule(found).__doc__ or found.__doc__ or "") + "\n"))
+    print(f"{_about(found)}\n")  # its lines are not broken anew: there may be tables among them
     table = Table(box=None, header_style="dim", padding=(0, 1))
     for column in ("option", "values", "default", "meaning"):
         table.add_column(column, overflow="fold")
@@ -165,22 +165,35 @@ def _print_findings(findings: list[Any]) -> None:
 
 
 def show_latest(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="FILE|RECIPE", help="Whose runs.")] = "tiny",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="FILE|RECIPE", help="A config; its run.name is looked for.")
+    ] = "tiny",
+    name: Annotated[str | None, typer.Option("--name", help="Look for runs of this run.name instead.")] = None,
     root: Annotated[
         Path | None, typer.Option("--runs", help="Where runs are; the recipe's run.root unless given.")
     ] = None,
 ) -> None:
-    """Show the newest run of a recipe: result, sample, files, and what to do with it."""
+    """Show the newest run of a name: result, sample, files, and what to do with it."""
     from launch.config_file import load_config
     from launch.latest_run import describe_latest
 
     config = load_config(recipe).config
-    for line in describe_latest(root or Path(config.run.root), config.run.name):
+    begin = f"moeyard train --config {shlex.quote(recipe)}" + (f" run.name={shlex.quote(name)}" if name else "")
+    for line in describe_latest(root or Path(config.run.root), name or config.run.name, begin):
         print(line)
 
 
-def _first_sentence(text: str | None) -> str:
-    paragraph = " ".join((text or "").split("\n\n")[0].split())
+def _about(gate: type) -> str:
+    """What the gate's author wrote about it, without markup and without the legend of names in its code."""
+    import inspect
+
+    text = inspect.cleandoc(getattr(inspect.getmodule(gate), "__doc__", None) or gate.__doc__ or "")
+    paragraphs = [part for part in text.split("\n\n") if not part.startswith("Shape suffixes")]
+    return re.sub(r"(?m)^=[= ]+\n?", "", "\n\n".join(paragraphs)).replace("``", "").strip()
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
     return paragraph.partition(". ")[0].rstrip(".")
 
 

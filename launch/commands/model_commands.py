@@ -13,12 +13,31 @@ if TYPE_CHECKING:
 
 PANEL = "Use a model"
 
+
+def _probability(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{value:g} is not more than 0 and at most 1")
+    return value
+
+
+def _seed(value: int | None) -> int | None:
+    # Each text after the first counts the seed up; torch takes 64 bits with a sign.
+    if value is not None and not 0 <= value < 2**62:
+        raise typer.BadParameter(f"{value} is not from 0 to 2**62 - 1")
+    return value
+
+
 Model = Annotated[str, typer.Argument(metavar="RUN|MODEL_DIR", help="A run, or an exported model.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", callback=_probability, help="Keep the likeliest tokens up to this probability, more than 0 to 1."
+    ),
+]
 TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Keep this many likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
+Seed = Annotated[int | None, typer.Option("--seed", callback=_seed, help="The same seed gives the same text.")]
 
 CHAT_HELP = "/reset forget the conversation   /stats speed and context   /quit leave   Ctrl-C stop the answer"
 
@@ -60,10 +79,11 @@ def generate(
         )
         if number:
             print("\n---")
-        print(text, end="", flush=True)
+        shown = text  # with the first piece: a prompt that does not fit is refused before anything is printed
         for piece in stream_text(loaded, ids, params, (), speed):
-            print(piece, end="", flush=True)
-        print(flush=True)
+            print(shown + piece, end="", flush=True)
+            shown = ""
+        print(shown, flush=True)
     if not quiet:
         print(f"[{speed.tokens} tokens, {speed.tokens_per_s:,.0f} tokens/s]", file=sys.stderr)
 
@@ -116,7 +136,7 @@ def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
     except KeyboardInterrupt:
         print(" [stopped]")
     except UserError as error:
-        print(f"error: {error}")
+        print(f"\nerror: {error}")
     finally:
         answer.close()
     if conversation.forgotten:
@@ -143,17 +163,19 @@ def _command(line: str, conversation: Conversation, loaded: LoadedModel) -> bool
 def serve(
     path: Model,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", help="0 takes any free port.")] = 8000,
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes any free port.")] = 8000,
     name: Annotated[str | None, typer.Option("--name", help="Model name in requests; the run's unless given.")] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            "--api-key", envvar="MOEYARD_API_KEYS", help="Accepted key; repeat for more. None: no key needed."
+            "--api-key",
+            envvar="MOEYARD_API_KEYS",
+            help="Accepted key; repeat for more, or separate them by spaces in the variable. None: no key needed.",
         ),
     ] = None,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Waiting requests; more get 429.")] = 64,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Compute threads; all cores but one unless given.")
+        int | None, typer.Option("--threads", min=1, help="Compute threads; all cores but one unless given.")
     ] = None,
     drain_s: Annotated[
         float, typer.Option("--drain", min=0, help="Seconds for running requests after a signal.")

@@ -11,7 +11,7 @@ PANEL = "Train"
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="path.to.option=value", help="Changes to the config, such as gate.k=1 train.steps=200."),
+    typer.Argument(metavar="path.to.option=value", help="Changes to the config, such as gate.k=3 train.steps=200."),
 ]
 Config = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE|RECIPE", help="YAML file, or a recipe's name: tiny.")
@@ -32,6 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     overrides: Overrides = None,
     config: Config = None,
     nproc: Annotated[int, typer.Option("--nproc", "-n", min=1, help="Processes on this machine.")] = 1,
@@ -46,22 +47,24 @@ def train(
 ) -> int:
     """Train a model; the same as torchrun launch/train.py.
 
-    Example:  moeyard train --config tiny --nproc 2 gate.k=1
+    Example:  moeyard train --config tiny --nproc 2 gate.k=3
     """
     changes = overrides or []
-    if resume is None:  # every problem with the options once and before any process starts
+    if resume in (None, "auto"):  # every problem with the options once and before any process starts
         from launch.config_file import load_config
 
         resolved = load_config(config, changes, world_size=nproc if nproc > 1 else None)
         for note in resolved.notes:
             typer.echo(f"note: {note}", err=True)
-        if dry_run:
+        if dry_run and resume is None:
             from launch.estimate import print_dry_run
 
             print_dry_run(resolved.config, world_size=nproc)
             return 0
     arguments = [f"--config={config}"] * (config is not None) + [f"--resume={resume}"] * (resume is not None)
     arguments += ["--dry-run"] * dry_run + ["--quiet"] * quiet + changes
+    if context.find_root().params.get("debug"):
+        arguments.insert(0, "--debug")
     if nproc > 1:
         from launch.local_ranks import run_ranks
 
