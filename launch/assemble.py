@@ -10,6 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -52,7 +53,11 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         return 0
     set_determinism(config)
     changes = resumed_changes(config, checkpoint)
-    with connect(config.parallel.timeout_s) as topology, Interrupt(announce=topology.is_first) as interrupt:
+    with (
+        ExitStack() as held,
+        connect(config.parallel.timeout_s) as topology,
+        Interrupt(announce=topology.is_first) as interrupt,
+    ):
         problems = config.check(topology.world_size)
         if problems:
             raise ConfigError(problems)
@@ -63,8 +68,10 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         model = build_model(config, topology)
         optimizer = build_optimizer(model, config.optim)
         check_in_sync(model, topology)
+        # Before anything in the run directory changes: a damaged checkpoint must leave the others as they are.
+        messages = [restore(model, optimizer, checkpoint, topology), *changes] if checkpoint else []
         run_dir = topology.broadcast_object(
-            open_run_dir(config, checkpoint, command, data.tokenizer) if topology.is_first else None
+            open_run_dir(config, checkpoint, command, data.tokenizer, held) if topology.is_first else None
         )
         check_shared(topology, run_dir)
         callbacks: Callback = CallbackList()
@@ -93,11 +100,11 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             interrupt=interrupt,
         )
         if checkpoint:
-            messages = [restore(trainer, checkpoint), *changes]
+            trainer.restore_values(dict(checkpoint.values))
+            if checkpoint.values["data_fingerprint"] != trainer.sampler.fingerprint:
+                messages.append("the training data is NOT the one that the checkpoint was trained on")
         elif args.resume:
             messages = [f"no run named {config.run.name!r} under {config.run.root} has a checkpoint: beginning one"]
-        else:
-            messages = []
         callbacks.on_start(run_info(config, topology, trainer, data, run_dir))
         for message in messages:
             callbacks.on_message(message)
@@ -111,6 +118,9 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             elif topology.is_first:
                 callbacks.on_message(f"resume with: {resume_command(topology, run_dir, command)}")
         finally:
+            # A background save needs the process group that is about to end.
+            with suppress(CheckpointError):
+                writer.close()
             callbacks.on_end()
         return code
 
@@ -158,6 +168,8 @@ def resolve(
         raise ConfigError(
             [f"{line}  (checkpoint {path} cannot be continued with another structure)" for line in structural]
         )
+    if config.train.steps < info.step:
+        raise ConfigError([f"train.steps: {config.train.steps} steps are over already: {path} is of step {info.step}"])
     return config, info
 
 
@@ -255,41 +267,53 @@ def build_model(config: TrainConfig, topology: Topology) -> Transformer:
 
 
 def open_run_dir(
-    config: TrainConfig, checkpoint: CheckpointInfo | None, command: list[str], tokenizer: Tokenizer
+    config: TrainConfig,
+    checkpoint: CheckpointInfo | None,
+    command: list[str],
+    tokenizer: Tokenizer,
+    held: ExitStack,
 ) -> Path:
-    """A new run directory, or the checkpoint's own with the metrics after its step removed. Rank 0 only."""
+    """A new run directory, or the checkpoint's own with the metrics after its step removed. Rank 0 only.
+
+    Args:
+        held: keeps the directory locked until it is closed.
+    """
     from launch.run_dir import RunDir
 
     if checkpoint is None:
-        run_dir = RunDir.create(config, command).path
-        tokenizer.save(run_dir / TOKENIZER_FOLDER)
-        return run_dir
+        run = RunDir.create(config, command)
+        held.enter_context(run.locked())
+        tokenizer.save(run.path / TOKENIZER_FOLDER)
+        return run.path
     run = RunDir.open(checkpoint.path.parent.parent)
+    held.enter_context(run.locked())
     run.truncate_metrics(checkpoint.step)
     run.note_resume(config, command)
     return run.path
 
 
-def restore(trainer: Trainer, checkpoint: CheckpointInfo) -> str:
-    """Load the training state from ``checkpoint``; returns one line that says what was restored."""
-    topology = trainer.topology
-    tensors = training_tensors(trainer.model, trainer.optimizer)
-    same_ranks = checkpoint.values["world_size"] == topology.world_size
-    random = random_state(topology) if same_ranks else {}
-    load_tensors(checkpoint, tensors | random, topology)
-    if same_ranks:
+def restore(
+    model: Transformer, optimizer: torch.optim.Optimizer, checkpoint: CheckpointInfo, topology: Topology
+) -> str:
+    """Load the training state from ``checkpoint``; returns one line that says what was restored.
+
+    Raises:
+        CheckpointError: it is damaged or of another structure.
+    """
+    ranks, device = checkpoint.values["world_size"], checkpoint.values.get("device", "cpu")
+    same = (ranks, device) == (topology.world_size, topology.device.type)
+    random = random_state(topology) if same else {}
+    load_tensors(checkpoint, training_tensors(model, optimizer) | random, topology)
+    if same:
         set_random_state(topology, random)
-    trainer.restore_values(dict(checkpoint.values))
-    what = "model, optimizer, schedule, gate state, data position"
-    if same_ranks:
-        what += ", random state"
+        note = ", random state"
     else:
-        what += (
-            f" (random state starts anew: saved by {checkpoint.values['world_size']} ranks, now {topology.world_size})"
+        note = (
+            f" (random state starts anew: saved by {ranks} ranks on {device},"
+            f" now {topology.world_size} on {topology.device.type})"
         )
-    if checkpoint.values["data_fingerprint"] != trainer.sampler.fingerprint:
-        what += "; the training data is NOT the one it was trained on"
-    return f"resumed from {checkpoint.path} at step {checkpoint.step}: {what}"
+    what = "model, optimizer, schedule, gate state, data position"
+    return f"resumed from {checkpoint.path} at step {checkpoint.step}: {what}{note}"
 
 
 def run_info(config: TrainConfig, topology: Topology, trainer: Trainer, data: PreparedData, run_dir: Path) -> RunInfo:

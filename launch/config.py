@@ -27,7 +27,9 @@ class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="first part of the run directory's name")
     root: str = Field("runs", description="folder that holds run directories")
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and gate noise")
-    deterministic: bool = Field(True, description="same seed, same loss curve bit for bit; may cost speed on CUDA")
+    deterministic: bool = Field(
+        True, description="same seed, same curve bit for bit; on CUDA as far as its kernels can"
+    )
 
 
 class SourceConfig(Section):

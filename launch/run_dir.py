@@ -7,14 +7,17 @@ tensorboard/, checkpoints/, tokenizer/ and, at the end, model/.
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
 _STAMP = re.compile(r"-([0-9]{8}-[0-9]{6})(?:-([0-9]+))?$")
 
 
@@ -81,8 +85,35 @@ class RunDir:
             raise RunDirError(f"{path} is not a run directory: it has no {CONFIG_FILE}")
         return RunDir(path)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other process may train into this folder.
+
+        Raises:
+            RunDirError: another one does.
+        """
+        with (self.path / LOCK_FILE).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise RunDirError(f"{self.path} is being trained by {who}; wait for its end, or stop it") from error
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
     def note_resume(self, config: TrainConfig, command: Sequence[str]) -> None:
-        """Keep the config that the run goes on with, and add the command to those before."""
+        """Keep the config that the run goes on with, add the command to those before, and set aside the model that
+        was exported: it is not that of the run's newest checkpoint any more.
+        """
+        if (self.path / MODEL_FOLDER).is_dir():
+            aside = self.path / f"{MODEL_FOLDER}.superseded"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.path / MODEL_FOLDER, aside)
         partial = self.path / f"{CONFIG_FILE}.partial"
         partial.write_text(dump_config(config), encoding="utf-8")
         os.replace(partial, self.path / CONFIG_FILE)

@@ -62,9 +62,13 @@ def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
         time.sleep(GRACE_S)
         raise
     except KeyboardInterrupt:
-        _print_error(rank, "interrupted before the state could be saved; the last checkpoint is untouched")
+        _print_error(rank, "interrupted; the last checkpoint is untouched")
         return 130
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+            _print_error(rank, f"the ranks' meeting point {where} is in use: torchrun --master-port takes another one")
+            return 1
         if not _lost_a_peer(error):
             raise
         time.sleep(GRACE_S)

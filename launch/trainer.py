@@ -326,6 +326,7 @@ class Trainer:
             "elapsed_s": self.elapsed_s,
             "interval": self.interval.to_values(),
             "world_size": self.topology.world_size,
+            "device": self.topology.device.type,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.model.config.vocab_size,
             "data_fingerprint": self.sampler.fingerprint,

@@ -10,6 +10,7 @@ one untouched. ``latest`` names the newest complete one. All ranks must see the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -177,6 +178,9 @@ class CheckpointWriter:
         except DCP_ERRORS as error:  # raised on every rank, whichever failed
             cause = _root_cause(error)
         else:
+            if group is not None and not dist.is_initialized():
+                # The main thread has failed and left the group; DCP then saves what this rank has as if it were all.
+                raise CheckpointError(f"step {step} was not saved: the run ended before all ranks had written")
             if self.topology.is_first:
                 try:
                     self._publish(step, partial, final, values)
@@ -186,6 +190,7 @@ class CheckpointWriter:
         if cause is None:
             self._complete.add(step)
             if self.topology.is_first:
+                self._delete_old()
                 self.on_saved(step, final)
             return
         needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -198,7 +203,7 @@ class CheckpointWriter:
         raise CheckpointError(f"could not save step {step} to {final}: {cause}; {self._what_is_left()}")
 
     def _publish(self, step: int, partial: Path, final: Path, values: Mapping[str, Any]) -> None:
-        """Give a complete checkpoint its name, then delete what is too old."""
+        """Give a complete checkpoint its name."""
         storage = FileSystemReader(partial).read_metadata().storage_data or {}
         missing = sorted({item.relative_path for item in storage.values()} - {p.name for p in partial.iterdir()})
         if missing:
@@ -211,12 +216,15 @@ class CheckpointWriter:
         _write_synced(partial / META_FILE, json.dumps(meta, indent=1))
         os.replace(partial, final)
         self._point_latest_at(final)
-        for old in list_checkpoints(self.directory)[: -self.keep_last]:
-            if old != final:
-                # Renamed first, so that a kill while deleting leaves no half checkpoint under a good name.
-                doomed = old.with_name(old.name + ".partial")
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
+
+    def _delete_old(self) -> None:
+        """Keep only the last checkpoints; what cannot be deleted now is tried again after the next save."""
+        for doomed in list_checkpoints(self.directory)[: -self.keep_last]:
+            # Renamed first, so that a kill while deleting leaves no half checkpoint under a good name.
+            partial = doomed.with_name(doomed.name + ".partial")
+            with contextlib.suppress(OSError):
+                os.replace(doomed, partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _continue_from(self, step: int) -> None:
         """Make ``step`` the newest checkpoint."""

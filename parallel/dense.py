@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -118,9 +119,11 @@ class GradientReducer:
 
 
 def check_in_sync(module: nn.Module, topology: Topology) -> None:
-    """Raise RuntimeError when ranks hold different parameters (compared by an exact checksum of their bits)."""
-    checksum = [int(p.detach().contiguous().view(torch.uint8).long().sum()) for p in module.parameters()]
-    everyone = topology.gather_objects(checksum)
+    """Raise RuntimeError when ranks hold different parameters or buffers (compared by a hash of their bits)."""
+    digest = sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    everyone = topology.gather_objects(digest.hexdigest())
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
             raise RuntimeError(f"rank {rank} holds other initial parameters than rank 0")

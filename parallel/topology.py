@@ -99,6 +99,9 @@ class Topology:
             if self._tell_waiting(False):
                 raise SystemExit(PEER_FAILED_EXIT_CODE)
             yield
+        if self.world_size > 1:
+            # A rank with a file system of its own may take as long as the first one did.
+            dist.all_gather_object([None] * self.world_size, self.rank, group=self.patient_group)
 
     def _tell_waiting(self, failed: bool) -> bool:
         """Rank 0's ``failed`` on every rank."""

@@ -5,6 +5,7 @@ Colours and the bar appear on a terminal only, and not with NO_COLOR or a dumb t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -18,11 +19,19 @@ from launch.callbacks.base import Callback
 from launch.records import EvalRecord, LogRecord, RunInfo, SampleRecord
 
 
+class _Console(Console):
+    """A console whose reader may leave (``| head``): what follows goes to log.txt only. rich itself would exit."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class ConsoleLog(Callback):
     """Prints to stdout (unless quiet) and appends the same as plain text to ``log_path``."""
 
     def __init__(self, log_path: Path, quiet: bool, stream: TextIO | None = None) -> None:
-        self._console = Console(file=stream or sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = _Console(file=stream or sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
         self._log_path = log_path
         self._log: TextIO | None = None
         self._bar: Progress | None = None

@@ -250,6 +250,25 @@ def test_ranks_stay_in_step_after_a_save_that_failed_on_one(tmp_path: Path) -> N
         assert_same(training_tensors(*state(5)), tensors)
 
 
+def save_after_the_group_is_gone(topology: Topology, folder: str) -> str:
+    """The main thread has failed and left the group while the background save was about to begin."""
+    writer = CheckpointWriter(Path(folder), topology, keep_last=2, async_save=False)
+    tensors = training_tensors(*state(5))
+    tensors[f"rng.rank_{topology.rank}.torch"] = torch.full((3,), topology.rank)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.distributed, "is_initialized", lambda: False)
+        with pytest.raises(CheckpointError) as caught:
+            writer.save(4, tensors, {})
+    return str(caught.value)
+
+
+def test_a_save_that_outlives_its_run_publishes_nothing(tmp_path: Path) -> None:
+    for message in run_distributed(save_after_the_group_is_gone, 2, str(tmp_path)):
+        assert "the run ended before all ranks had written" in message
+    assert not (tmp_path / "step_000004").exists()
+    assert not (tmp_path / "latest").exists()
+
+
 def save_to_own_folder(topology: Topology, folder: str) -> str:
     writer = CheckpointWriter(Path(folder) / f"node{topology.rank}", topology, keep_last=2, async_save=False)
     tensors = training_tensors(*state(5))

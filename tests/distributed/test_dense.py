@@ -134,3 +134,23 @@ def test_a_rank_without_a_backward_pass_still_meets_the_others() -> None:
     assert first == second
     assert first[1] == pytest.approx(first[0] / 2)
     assert first[2] == first[0]
+
+
+def compare_unlike_tensors(topology: Topology) -> str:
+    """A 0-d parameter, a buffer, and weights that differ only in their order."""
+    module = nn.Linear(2, 1, bias=False)
+    module.temperature = nn.Parameter(torch.tensor(0.5))
+    module.register_buffer("load", torch.zeros(3, dtype=torch.int64))
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    check_in_sync(module, topology)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 2.0]] if topology.rank == 0 else [[2.0, 1.0]]))
+    with pytest.raises(RuntimeError) as caught:
+        check_in_sync(module, topology)
+    return str(caught.value)
+
+
+def test_the_comparison_of_ranks_sees_scalars_buffers_and_order() -> None:
+    for message in run_distributed(compare_unlike_tensors, 2):
+        assert "rank 1 holds other initial parameters" in message

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +160,62 @@ def test_resume_with_other_ranks_and_micro_batch_says_what_changed(corpus: Path,
     assert commands[1].endswith(" ".join(changes))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "eval" and row["final"]] == [4]
+
+
+def test_a_damaged_checkpoint_is_found_out_before_anything_in_the_run_changes(corpus: Path, tmp_path: Path) -> None:
+    begun = run(1, *options(corpus, tmp_path, "train.steps=8"))
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    run_dir = only_run(tmp_path)
+    damaged = run_dir / "checkpoints" / "step_000004"
+    metadata = damaged / ".metadata"
+    metadata.write_bytes(b"\x00" * metadata.stat().st_size)
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    resumed = run(1, "--resume", str(damaged))
+    assert resumed.returncode == 1, resumed.stdout + resumed.stderr
+    assert f"a good one is {run_dir / 'checkpoints' / 'step_000008'}" in resumed.stderr, resumed.stderr
+    assert "Traceback" not in resumed.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    assert read_checkpoint(find_checkpoint(run_dir / "checkpoints")).step == 8
+    too_short = run(1, "--resume", str(run_dir), "train.steps=6")
+    assert too_short.returncode == 2, too_short.stdout + too_short.stderr
+    assert "train.steps: 6 steps are over already" in too_short.stderr
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(corpus: Path, tmp_path: Path) -> None:
+    line = shlex.join([sys.executable, "launch/train.py", *options(corpus, tmp_path, "train.steps=6")])
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -n 2"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) == 2
+    assert "Traceback" not in result.stderr
+    assert "final validation" in (only_run(tmp_path) / "log.txt").read_text()
+    assert (only_run(tmp_path) / "model" / "config.json").is_file()
+
+
+def test_a_meeting_point_that_is_taken_is_named(corpus: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        result = subprocess.run(
+            [sys.executable, "launch/train.py", *options(corpus, tmp_path, "train.steps=2")],
+            cwd=ROOT,
+            env=environment() | own | where,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"127.0.0.1:{port} is in use" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_nodes_without_a_shared_file_system_are_told_so(corpus: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_truncation_drops_later_rows_and_a_torn_last_row(tmp_path: Path) -> None
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
     run.truncate_metrics(after_step=2)
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows[:2]
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path), [])
+    with run.locked(), pytest.raises(RunDirError, match=rf"is being trained by process {os.getpid()} on .*; wait"):
+        run.locked().__enter__()
+    with run.locked():
+        pass
 
 
 def test_open_refuses_other_folders(tmp_path: Path) -> None:
