@@ -23,7 +23,7 @@ from launch.export import TOKENIZER_FOLDER, export_model
 from launch.interrupt import Interrupt
 from launch.optim import build_optimizer
 from launch.records import RunInfo
-from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER, RunDirError
+from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER, RunDir, RunDirError
 from launch.trainer import Trainer, random_state, set_random_state
 from moe import Tokenizer, Transformer
 from moe.config import count_params, flops_per_token
@@ -153,8 +153,11 @@ def resolve(
         if not path.is_dir():
             raise RunDirError(f"--resume {resume}: there is no such folder")
         if (path / CHECKPOINT_FOLDER).is_dir():
-            path = find_checkpoint(path / CHECKPOINT_FOLDER)
+            path = path / CHECKPOINT_FOLDER
+        if path.name == CHECKPOINT_FOLDER:
+            path = find_checkpoint(path)
     info = read_checkpoint(path)
+    RunDir.open(path.resolve().parent.parent)  # a checkpoint outside of a run has no place to go on
     stored = stored_config(info)
     if resume != "auto" and config_path is None:
         config = config_from_values(info.values["config"], list(overrides), origin=str(path))
@@ -278,8 +281,6 @@ def open_run_dir(
     Args:
         held: keeps the directory locked until it is closed.
     """
-    from launch.run_dir import RunDir
-
     if checkpoint is None:
         run = RunDir.create(config, command)
         held.enter_context(run.locked())

@@ -176,6 +176,13 @@ def test_a_damaged_checkpoint_is_found_out_before_anything_in_the_run_changes(co
     assert "Traceback" not in resumed.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
     assert read_checkpoint(find_checkpoint(run_dir / "checkpoints")).step == 8
+    outside = tmp_path / "elsewhere" / "checkpoints"
+    outside.parent.mkdir()
+    (run_dir / "checkpoints").rename(outside)
+    stray = run(1, "--resume", str(outside))
+    outside.rename(run_dir / "checkpoints")
+    assert stray.returncode == 2, stray.stdout + stray.stderr
+    assert f"{tmp_path / 'elsewhere'} is not a run directory: it has no config.yaml" in stray.stderr
     too_short = run(1, "--resume", str(run_dir), "train.steps=6")
     assert too_short.returncode == 2, too_short.stdout + too_short.stderr
     assert "train.steps: 6 steps are over already" in too_short.stderr

@@ -199,6 +199,8 @@ def test_ctrl_c_is_exit_code_130(moeyard: Cli, monkeypatch: pytest.MonkeyPatch) 
 def test_a_program_that_is_interrupted_says_so() -> None:
     program = (
         "import os, signal, sys\nimport launch.config_file\nfrom launch.cli import main\n"
+        # A test run that a shell has put in the background inherits "ignore".
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "launch.config_file.load_config = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(['config', 'show']))\n"
     )
@@ -256,7 +258,7 @@ def test_the_exit_code_of_several_ranks_is_that_of_the_one_that_failed(
     ("argv", "code", "text"),
     [
         (["report", "nowhere"], 2, "nowhere is not a folder"),
-        (["export", "nowhere"], None, "nowhere is not a run directory"),
+        (["export", "nowhere"], 2, "nowhere does not exist"),
         (["eval", "nowhere"], 2, "there is no folder nowhere"),
         (["generate", "nowhere", "Hello"], 2, "there is no folder nowhere"),
         (["chat", "nowhere"], 2, "there is no folder nowhere"),
