@@ -14,7 +14,7 @@ import pytest
 from launch.config import TrainConfig
 from launch.config_file import dump_config, load_config
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
