@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args  # wherever it stands: people add it to the end of the line that failed
     args = ["--debug"] * debug + [arg for arg in args if arg != "--debug"]
+    _prepare_streams()
     try:
         # Not the command's own main(): it would turn interrupts, closed pipes and EOFErrors into codes without a word.
         command = typer.main.get_command(app)
@@ -73,9 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has left; without this the interpreter complains once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # the reader (head, less) has left
         return 0
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _forget_output()
+        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        return 1
     except Exception as error:
         # Usage errors know how to show themselves; their class differs between versions of typer.
         show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
@@ -84,6 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         show()
         return code
     return result if isinstance(result, int) else 0
+
+
+def _prepare_streams() -> None:
+    """Streams that the caller closed lead nowhere; characters that stdout's encoding lacks are shown as escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
+    """Drop what stdout still holds if it cannot be written; the interpreter would complain once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(error: UserError) -> None:

@@ -26,7 +26,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="first part of the run directory's name")
     root: str = Field("runs", description="folder that holds run directories")
-    seed: int = Field(0, ge=0, description="seed of initial weights, data order and gate noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, data order and gate noise")
     deterministic: bool = Field(
         True, description="same seed, same curve bit for bit; on CUDA as far as its kernels can"
     )
@@ -106,7 +106,8 @@ class TrackConfig(Section):
 class ParallelConfig(Section):
     dense: Literal["ddp"] = Field("ddp", description="how non-expert parameters are replicated")
     bucket_mib: float = Field(4.0, gt=0, description="gradient bucket size; a full bucket is reduced during backward")
-    timeout_s: float = Field(600.0, gt=0, description="how long a collective may wait for a late rank")
+    # gloo counts milliseconds in 31 bits.
+    timeout_s: float = Field(600.0, gt=0, le=2e6, description="how long a collective may wait for a late rank")
 
 
 class TrainConfig(Section):

@@ -175,8 +175,16 @@ def _new_layers() -> Layers:
     return Layers(defaults=defaults.model_dump(mode="json"), default_gate=defaults.gate.name)
 
 
+def _ranks_of_torchrun() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        why = f"torchrun sets it to the number of ranks, at least 1 (given: {text!r})"
+        raise ConfigError([f"environment  WORLD_SIZE: {why}"])
+    return int(text)
+
+
 def _resolve(layers: Layers, overrides: Sequence[str], world_size: int | None) -> ResolvedConfig:
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    ranks = _ranks_of_torchrun() if world_size is None else world_size
     first = ("gate", "gate.name")
     in_order = sorted(overrides, key=lambda text: text.partition("=")[0] not in first)
     problems = [problem for text in in_order if (problem := layers.override(text))]

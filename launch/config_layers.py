@@ -92,8 +92,7 @@ class Layers:
         try:
             value = _parse(raw)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            why = getattr(error, "problem", None) or str(error).splitlines()[0]
-            return f"{COMMAND_LINE}  {path}: the value is not valid YAML: {why}. Text can stand in quotes: '\"...\"'"
+            return f"{COMMAND_LINE}  {path}: the value is not valid YAML: {_why_unreadable(path, raw, error)}"
         if any(isinstance(key, int) for key in keys):
             return self._override_item(keys, value, path)
         nested: Any = value
@@ -178,6 +177,14 @@ def _parse(raw: str) -> Any:
     return _Unquoted(text, value)
 
 
+def _why_unreadable(path: str, raw: str, error: Exception) -> str:
+    """What is wrong with an override's value, and what may help."""
+    why = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if raw.startswith(("[", "{")) and "<stream end>" in why:
+        return f"{why}; it ends too early. Quote the whole option, or the shell splits it at spaces: '{path}=...'"
+    return f"{why}. Text can stand in quotes: '\"...\"'"
+
+
 def settle_unquoted(values: Any, wants_text: Callable[[PathKeys], bool], keys: PathKeys = ()) -> Any:
     """``values`` with every command-line scalar decided: its text where the option takes only text, else its value."""
     if isinstance(values, dict):
@@ -213,6 +220,8 @@ def merge_file(layers: Layers, path: Path, children: tuple[Path, ...] = ()) -> N
         raise ConfigError([f"{path}:{line}  is not valid YAML: {error.problem}"]) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}  is not valid YAML: {str(error).splitlines()[0]}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}  is not valid YAML for a config: it nests too deeply"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path}:1  a config is a mapping of sections, this file holds a {type(values).__name__}"])
     if reader.problems:
@@ -272,6 +281,9 @@ class _Reader:
     def _mapping(self, node: yaml.MappingNode, keys: PathKeys) -> dict[str, Any]:
         first_line: dict[str, int] = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                why = "the name of an option is plain text"
+                raise yaml.constructor.ConstructorError(None, None, why, key_node.start_mark)
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in first_line and key != "<<":
                 dotted = ".".join(map(str, (*keys, key)))
@@ -295,18 +307,27 @@ def find_config(name: str, beside: Path | None = None, asked_by: str | None = No
     Raises:
         ConfigError: no such file; with the nearest name in its folder.
     """
+    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    if not name:
+        asked = asked_by or "--config"
+        raise ConfigError(
+            [f"{asked} needs a file or the name of a shipped recipe. Shipped recipes: {', '.join(shipped)}"]
+        )
     path = Path(name)
     candidates = [path] if beside is None else [beside / name, path]
     candidates.append(RECIPES / f"{name}.yaml")
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
     folder = (beside or Path()) / path.parent
     there = sorted(str(path.parent / found.name) for found in folder.glob("*.y*ml"))
     near = difflib.get_close_matches(name, [*there, *shipped], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    what = "is a folder, not a file" if path.is_dir() else "there is no such file"
+    what = "there is no such file"
+    if path.is_dir():
+        what = "is a folder, not a file"
+    elif path.exists():
+        what = "is not a regular file, which every rank can read"
     asked = asked_by or f"--config {name}"
     raise ConfigError([f"{asked}: {what}.{hint} Shipped recipes: {', '.join(shipped)}"])
 

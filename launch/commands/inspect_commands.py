@@ -130,7 +130,9 @@ def estimate(
 
 def doctor(
     root: Annotated[Path, typer.Option("--runs", help="Where run directories would go.")] = Path("runs"),
-    port: Annotated[int, typer.Option("--port", help="The port that serving would take.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=1, max=65535, help="The port that serving would take.")
+    ] = 8000,
     self_test: Annotated[bool, typer.Option(help="Start two ranks that talk to each other.")] = True,
     as_json: Json = False,
 ) -> int:
@@ -174,10 +176,10 @@ def show_latest(
     ] = None,
 ) -> None:
     """Show the newest run of a name: result, sample, files, and what to do with it."""
-    from launch.config_file import load_config
+    from launch.config_file import find_config, load_config
     from launch.latest_run import describe_latest
 
-    config = load_config(recipe).config
+    config = load_config(str(find_config(recipe, asked_by=f"--recipe {recipe}"))).config
     begin = f"moeyard train --config {shlex.quote(recipe)}" + (f" run.name={shlex.quote(name)}" if name else "")
     for line in describe_latest(root or Path(config.run.root), name or config.run.name, begin):
         print(line)

@@ -64,7 +64,7 @@ def generate(
     from launch.conversation import Speed, stream_text
     from moe.generate import SamplingParams
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_prompt() if prompt == "-" else prompt
     loaded = _load(path)
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(text) if text else [tokenizer.eos_id]
@@ -86,6 +86,17 @@ def generate(
         print(shown, flush=True)
     if not quiet:
         print(f"[{speed.tokens} tokens, {speed.tokens_per_s:,.0f} tokens/s]", file=sys.stderr)
+
+
+def _read_prompt() -> str:
+    from moe.errors import DataError
+
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in some locales a byte that is no text arrives as half a character
+    except UnicodeError as error:
+        raise DataError("the prompt on stdin is not UTF-8 text") from error
+    return text
 
 
 def chat(
@@ -117,11 +128,15 @@ def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
 
     try:
         line = input("\nyou> ").strip()
+        line.encode()  # in some locales a byte that is no text arrives as half a character
     except EOFError:
         print()
         return False
     except KeyboardInterrupt:
         print("\n(/quit leaves)")
+        return True
+    except UnicodeError:
+        print("error: that line is not UTF-8 text")
         return True
     if not line:
         return True

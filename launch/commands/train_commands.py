@@ -19,6 +19,12 @@ Config = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _not_empty(value: str | None) -> str | None:
+    if value == "":
+        raise typer.BadParameter("it needs auto, or a run or checkpoint folder")
+    return value
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("train", rich_help_panel=PANEL)(train)
@@ -38,7 +44,12 @@ def train(
     nproc: Annotated[int, typer.Option("--nproc", "-n", min=1, help="Processes on this machine.")] = 1,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="auto|PATH", help="Newest run of this name, or a run or checkpoint folder."),
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            callback=_not_empty,
+            help="Go on with the newest run of this name, or with a run or checkpoint folder.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print shapes, memory, FLOPs and bytes per step; stop.")
@@ -76,12 +87,18 @@ def train(
 
 def evaluate(
     path: Annotated[str, typer.Argument(metavar="RUN|MODEL_DIR", help="A run, or an exported model.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="path.to.option=value", help="What to measure on, such as eval.final_sequences=64 train.seq_len=64."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on its validation text, in bits per byte."""
     import json
 
+    _refuse_changes_without_effect(overrides or [])
     from launch.evaluate import evaluate_path
 
     result = evaluate_path(path, overrides or [])
@@ -93,9 +110,33 @@ def evaluate(
     print(f"over           {result['tokens']:,} tokens, {result['text_bytes']:,} bytes of text")
 
 
+def _refuse_changes_without_effect(changes: list[str]) -> None:
+    """gate.k=3 would measure the same model as before and look as if it made no difference."""
+    from launch.config_problems import option_paths
+    from moe.errors import ConfigError
+
+    options, problems = option_paths(), []
+    counting = [
+        option
+        for option in options
+        if (option.startswith("data.") and not option.startswith("data.tokenizer."))
+        or option in ("eval.final_sequences", "train.compute_dtype", "train.seq_len")
+    ]
+    for change in changes:
+        path = change.partition("=")[0]
+        named = [option for option in options if f"{path}.".startswith(f"{option}.") or option.startswith(f"{path}.")]
+        if path.startswith("gate.") or (named and not set(named) & set(counting)):
+            why = "changes nothing in an evaluation, which takes the model as it was exported"
+            problems.append(f"command line  {path}: {why}. These count: {', '.join(counting)}")
+    if problems:
+        raise ConfigError(problems)
+
+
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory.")],
-    step: Annotated[int | None, typer.Option("--step", help="Which checkpoint; the newest unless given.")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="Which checkpoint; the newest unless given.")
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Where to; RUN/model unless given.")] = None,
 ) -> None:
     """Write a checkpoint's model as a Hugging Face directory."""

@@ -13,9 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pytest
 
@@ -45,8 +45,8 @@ def moeyard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     for name, value in {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
 
-    def call(*argv: object, stdin: str = "") -> Result:
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    def call(*argv: object, stdin: str | TextIO = "") -> Result:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         capsys.readouterr()
         code = cli.main([str(arg) for arg in argv])
         return Result(code, *capsys.readouterr())
@@ -149,6 +149,50 @@ def test_a_chat_ends_with_its_input_and_forgets_what_does_not_fit(trained: Path,
     assert (alone.code, alone.out.count("you> ")) == (0, 1)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them is the locale's choice
+def test_a_prompt_that_is_not_utf8(trained: Path, moeyard: Cli, errors: str) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8", errors=errors)
+    result = moeyard("generate", trained, "-", stdin=stdin)
+    assert result == (2, "", "error: the prompt on stdin is not UTF-8 text\n")
+
+
+def test_a_chat_goes_on_after_a_line_that_is_no_text(trained: Path, moeyard: Cli) -> None:
+    result = moeyard("chat", trained, "-n", 2, "--seed", 1, stdin="a\udcff\nHello\n/stats\n")
+    assert result.code == 0
+    assert result.out.count("error: that line is not UTF-8 text") == 1
+    assert "2 messages; " in result.out
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
+    trained: Path, moeyard: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe.generate import generate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield next(generate(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.conversation.generate", interrupted)
+    result = moeyard("chat", trained, "--seed", 1, stdin="Hello\n/stats\n")
+    assert result.code == 0
+    assert result.out.count("[stopped]") == 1
+    assert re.search(r"2 messages; .*; 1 tokens at 0/s", result.out)
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat_says_how_to_leave(
+    trained: Path, moeyard: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter([KeyboardInterrupt(), EOFError()])
+
+    def ask(_prompt: str) -> str:
+        raise next(lines)
+
+    monkeypatch.setattr("builtins.input", ask)
+    result = moeyard("chat", trained)
+    assert result.code == 0
+    assert "(/quit leaves)" in result.out
+
+
 def test_export_to_another_folder_and_of_another_step(trained: Path, moeyard: Cli, tmp_path: Path) -> None:
     result = moeyard("export", trained, "--out", tmp_path / "last")
     assert (result.code, result.out) == (0, f"{tmp_path / 'last'}\n")
@@ -236,7 +280,6 @@ def test_an_unknown_option_is_told_once_however_many_ranks(corpus: Path, tmp_pat
 
 def test_what_only_the_ranks_can_find_out_is_told_once_too(corpus: Path, tmp_path: Path) -> None:
     result = process("train", "--nproc", 2, *options(corpus, tmp_path, "data.sources=[{source: nowhere}]"))
-    # 1 where torchrun ended rank 0, which knows better, while it was exiting.
     assert result.returncode == 2, result.stderr
     assert "SIGTERM" not in result.stderr
     assert result.stderr.count("'nowhere' is neither a known source") == 1

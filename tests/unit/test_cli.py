@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from launch.config_file import config_from_values, flatten, load_config, schema
 from moe.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,14 @@ def test_examples_in_help_are_commands_that_work(moeyard: Cli) -> None:
 
 def test_help_and_version_load_nothing_heavy() -> None:
     program = (
-        "import sys\nfrom launch.cli import main\ncode = main([sys.argv[1]])\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'matplotlib', 'tokenizers', 'fastapi'} & sys.modules.keys()\n"
+        "import sys\nfrom launch.cli import main\ncode = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'launch.config', 'matplotlib', 'tokenizers', 'fastapi'} & sys.modules.keys()\n"
         "assert not heavy, heavy\nsys.exit(code)\n"
     )
-    for option in ("--help", "--version"):
-        done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True, check=False)
+    for words in ("--help", "--version", "train -h"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -117,6 +123,9 @@ def test_help_and_version_load_nothing_heavy() -> None:
         (["generate", "x", "--temperature", "-1"], "--temperature"),
         (["serve", "x", "--port", "65536"], "--port"),
         (["serve", "x", "--threads", "0"], "--threads"),
+        (["doctor", "--port", "99999"], "--port"),
+        (["export", "x", "--step", "-1"], "--step"),
+        (["train", "--resume", ""], "auto, or a run or checkpoint folder"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_on_stderr(moeyard: Cli, argv: list[str], text: str) -> None:
@@ -229,6 +238,61 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     process.stderr.close()
 
 
+def shell(line: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """A shell command; ``$moeyard`` in it is the program."""
+    program = f"{sys.executable} -m launch.cli"
+    environment = {**os.environ, "moeyard": program, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, check=False, timeout=120)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_without_a_traceback() -> None:
+    done = shell("$moeyard config schema > /dev/full")
+    assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+
+
+def test_a_full_disk_names_its_file_unless_debugging(moeyard: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
+
+    monkeypatch.setattr("launch.config_file.load_config", fail)
+    assert moeyard("config", "show") == Result(1, "", "error: No space left on device: runs/a\n")
+    with pytest.raises(OSError, match="No space left"):
+        moeyard("--debug", "config", "show")
+
+
+def test_closed_streams_are_no_error() -> None:
+    done = shell("$moeyard config schema >&- <&-")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_characters_that_the_terminal_lacks_are_shown_as_escapes() -> None:
+    done = shell("$moeyard config show eval.sample_prompt=$prompt", PYTHONIOENCODING="ascii", prompt="é☺")
+    assert done.returncode == 0, done.stderr
+    assert rb"sample_prompt: \xe9\u263a" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ("gate.k=3", "gate.k"),
+        ("gate=topk", "gate"),
+        ("model.dim=64", "model.dim"),
+        ("train.steps=3", "train.steps"),
+        ("eval.interval=3", "eval.interval"),
+        ("data.tokenizer.kind=bytes", "data.tokenizer.kind"),
+    ],
+)
+def test_an_evaluation_refuses_changes_that_it_would_not_look_at(moeyard: Cli, change: str, path: str) -> None:
+    result = moeyard("eval", "nowhere", change, "train.seq_len=16", "data.sources=[{source: x}]", "eval={}")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(
+        f"error: command line  {path}: changes nothing in an evaluation, which takes the model"
+    )
+    assert "eval.final_sequences" in result.err
+    assert result.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("exit_codes", "code", "said"),
     [
@@ -263,19 +327,20 @@ def test_the_exit_code_of_several_ranks_is_that_of_the_one_that_failed(
         (["generate", "nowhere", "Hello"], 2, "there is no folder nowhere"),
         (["chat", "nowhere"], 2, "there is no folder nowhere"),
         (["generate", "empty"], 2, "empty is neither a run directory (no config.yaml) nor a model (no config.json)"),
-        (["serve", "empty"], None, "neither a run directory nor an exported model"),
-        (["train", "--resume", "nowhere"], None, "--resume nowhere: there is no such folder"),
+        (["serve", "empty"], 1, "neither a run directory nor an exported model"),
+        (["train", "--resume", "nowhere"], 2, "--resume nowhere: there is no such folder"),
         (["train", "tiny"], 2, "Did you mean --config tiny?"),
         (["train", "--config", "tniy"], 2, "Did you mean 'tiny'?"),
         (["data", "show", "data.sources=[{source: nowhere}]"], 2, "'nowhere' is neither a known source"),
         (["show-latest"], 2, "no run named 'tiny' under runs; make one with: moeyard train --config tiny"),
+        (["show-latest", "--recipe", "tinny"], 2, "--recipe tinny: there is no such file. Did you mean 'tiny'?"),
         (["show-latest", "--name", "b c"], 2, "make one with: moeyard train --config tiny run.name='b c'"),
     ],
 )
-def test_things_that_are_not_there(moeyard: Cli, argv: list[str], code: int | None, text: str) -> None:
+def test_things_that_are_not_there(moeyard: Cli, argv: list[str], code: int, text: str) -> None:
     Path("empty").mkdir()
     result = moeyard(*argv)
-    assert result.code in ((1, 2) if code is None else (code,)), result
+    assert result.code == code, result
     assert result.err.startswith("error: ")
     assert text in result.err
     assert result.out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def problems(path: str | None, *overrides: str, world_size: int = 1) -> list[str]:
+def problems(path: str | None, *overrides: str, world_size: int | None = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides, world_size=world_size)
     assert caught.value.exit_code == 2
@@ -217,6 +218,11 @@ def test_ranks_are_those_of_torchrun_unless_given(monkeypatch: pytest.MonkeyPatc
     assert load_config(None, world_size=1).config == TrainConfig()
     with pytest.raises(ConfigError, match="do not split evenly over 3 ranks"):
         load_config(None)
+    for count in ("0", "-2", "two", ""):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert problems(None, world_size=None) == [
+            f"environment  WORLD_SIZE: torchrun sets it to the number of ranks, at least 1 (given: {count!r})"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +290,10 @@ def test_null_on_the_command_line() -> None:
         ("train..steps=3", "'train..steps' is not a path like train.steps or data.sources.0.weight"),
         ("0.steps=3", "'0.steps' is not a path"),
         ("train.steps=[1", "train.steps: the value is not valid YAML: expected ',' or ']'"),
+        ("data.sources=[{source:", "ends too early. Quote the whole option, or the shell splits it at spaces: 'data."),
+        ("run.name='a", "Text can stand in quotes"),
+        ("run.seed=18446744073709551616", "run.seed: must be less than 9223372036854775808"),
+        ("parallel.timeout_s=1e+20", "parallel.timeout_s: must be less than or equal to 2000000"),
         ("run=&a [*a]", "run: the value is not valid YAML: Circular reference"),
         ("run={name: 2024-99-99}", "run: the value is not valid YAML: month must be in 1..12"),
         ("run.name=a b", "run.name: must match pattern"),
@@ -319,6 +329,7 @@ def test_overrides_that_cannot_be_used(override: str, text: str) -> None:
         ("just text\n", 1, "this file holds a str"),
         ("extends: [a]\n", 1, "extends: takes one file name, not ['a']"),
         ("run: {}\n---\nrun: {}\n", 2, "but found another document"),
+        ("run: {}\n? [a, b]\n: c\n", 2, "the name of an option is plain text"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, line: int, why: str) -> None:
@@ -326,6 +337,18 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, line: int, why: str
     problem = only_problem(path)
     assert problem.startswith(f"{path}:{line}  ")
     assert why in problem
+
+
+def test_a_file_that_nests_without_end_and_one_with_control_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "deep.yaml", "train: " + "[" * 5000 + "]" * 5000)
+    assert only_problem(path) == f"{path}  is not valid YAML for a config: it nests too deeply"
+    path = write(tmp_path / "nul.yaml", "run: {}\n\0")
+    assert only_problem(path).startswith(f"{path}  is not valid YAML: unacceptable character #x0000")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    (tmp_path / "windows.yaml").write_bytes(b"\xef\xbb\xbftrain:\r\n  steps: 7\r\n")
+    assert load_config(str(tmp_path / "windows.yaml")).config.train.steps == 7
 
 
 def test_options_that_stand_twice(tmp_path: Path) -> None:
@@ -361,6 +384,9 @@ def test_missing_files_and_folders_name_the_nearest(tmp_path: Path, monkeypatch:
     assert "Did you mean 'large.yaml'?" in only_problem("lage.yaml")
     (tmp_path / "folder").mkdir()
     assert "is a folder, not a file" in only_problem("folder")
+    assert "--config needs a file or the name of a shipped recipe. Shipped recipes: tiny" in only_problem("")
+    os.mkfifo("pipe")  # --config <(sed ...): each rank would read it anew and find nothing
+    assert "is not a regular file, which every rank can read" in only_problem("pipe")
     child = write(tmp_path / "child.yaml", "run: {}\nextends: larger.yaml\n")
     problem = only_problem(child)
     assert problem.startswith(f"{child}:2  extends: larger.yaml: there is no such file. Did you mean 'large.yaml'?")
@@ -463,8 +489,10 @@ def fits(schema: dict[str, Any], value: Any, definitions: dict[str, Any]) -> boo
 def test_the_schema_accepts_what_loads_and_refuses_what_does_not(other_gate: str) -> None:
     whole = schema()
     definitions = whole["$defs"]
-    recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text(encoding="utf-8"))
-    assert fits(whole, recipe, definitions)
+    recipes = sorted(RECIPES.glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert fits(whole, yaml.safe_load(recipe.read_text(encoding="utf-8")), definitions), recipe
     for good in (
         {},
         {"extends": "tiny"},
