@@ -6,6 +6,8 @@ Shape suffixes: E experts held here, N rows sorted by expert, D width, F hidden 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +17,29 @@ from torch import Tensor, nn
 from moe.ops.grouped_mm import ExpertOp, choose_expert_op, grouped_mm
 
 
-class Experts(nn.Module):
+class ExpertBank(nn.Module, ABC):
+    """Experts' parameters, however they are laid out and whichever of the layer's experts are here."""
+
+    @abstractmethod
+    def op_choice(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[ExpertOp, str]:
+        """(name, reason) of the op that multiplies rows of ``dtype`` on ``device``; None means the weights'.
+
+        Raises:
+            ConfigError: grouped_mm was asked for by name and cannot run here.
+        """
+
+    @abstractmethod
+    def expert_views(self, name: str, tensor: Tensor) -> Iterator[tuple[int | None, str, Tensor]]:
+        """What is in parameter ``name`` of this module, or in optimizer state like it.
+
+        Yields:
+            (expert, name, view of its part): the expert's index among all of the layer, and the name that the parameter
+            has where all experts are stacked (``w_gate_EDF``). State without an expert dimension (a 0-d step count)
+            comes whole, with None for the expert. Checkpoints and initial weights find experts this way.
+        """
+
+
+class Experts(ExpertBank):
     """E SwiGLU networks (arXiv:2002.05202): ``y = (silu(x @ w_gate) * (x @ w_up)) @ w_down``, without biases.
 
     The weights may be of another dtype than the rows (fp32 masters); they are cast to the rows' dtype.
@@ -47,13 +71,9 @@ class Experts(nn.Module):
         ):
             nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def op_choice(self, dtype: torch.dtype | None = None) -> tuple[ExpertOp, str]:
-        """(name, reason) of the op that multiplies rows of ``dtype``; None means the weights' dtype.
-
-        Raises:
-            ConfigError: grouped_mm was asked for by name and cannot run here.
-        """
-        key = (self.w_gate_EDF.device, dtype or self.w_gate_EDF.dtype)
+    def op_choice(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[ExpertOp, str]:
+        """See :meth:`ExpertBank.op_choice`."""
+        key = (device or self.w_gate_EDF.device, dtype or self.w_gate_EDF.dtype)
         if key not in self._choices:
             self._choices[key] = choose_expert_op(self.requested_op, *key, (self.dim, self.hidden_dim))
         return self._choices[key]
@@ -78,13 +98,30 @@ class Experts(nn.Module):
         """
         if load_E.shape != (self.num_experts,):
             raise ValueError(f"load_E has shape {tuple(load_E.shape)}, there are {self.num_experts} experts")
-        op, dtype = self.op_choice(rows_ND.dtype)[0], rows_ND.dtype
-        gate_NF = grouped_mm(rows_ND, self.w_gate_EDF.to(dtype), load_E, op)
-        up_NF = grouped_mm(rows_ND, self.w_up_EDF.to(dtype), load_E, op)
-        return grouped_mm(F.silu(gate_NF) * up_NF, self.w_down_EFD.to(dtype), load_E, op)
+        weights = (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)
+        return swiglu_experts(rows_ND, weights, load_E, self.op_choice(rows_ND.dtype)[0])
+
+    def expert_views(self, name: str, tensor: Tensor) -> Iterator[tuple[int | None, str, Tensor]]:
+        """Parts of parameter ``name``, or of optimizer state like it; see :meth:`ExpertBank.expert_views`."""
+        if tensor.dim() == 0:
+            yield None, name, tensor
+            return
+        for expert in range(self.num_experts):
+            yield expert, name, tensor[expert]
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, op={self.requested_op}"
+
+
+def swiglu_experts(rows_ND: Tensor, weights: Sequence[Tensor], load_E: Tensor, op: ExpertOp) -> Tensor:
+    """(N, D) rows sorted by expert through the stacked (w_gate_EDF, w_up_EDF, w_down_EFD) -> (N, D).
+
+    Weights of another dtype than the rows are cast to it.
+    """
+    w_gate_EDF, w_up_EDF, w_down_EFD = (weight.to(rows_ND.dtype) for weight in weights)
+    gate_NF = grouped_mm(rows_ND, w_gate_EDF, load_E, op)
+    up_NF = grouped_mm(rows_ND, w_up_EDF, load_E, op)
+    return grouped_mm(F.silu(gate_NF) * up_NF, w_down_EFD, load_E, op)
 
 
 class SwiGLU(nn.Module):

@@ -27,13 +27,3 @@ def stream_seed(seed: int, *key: str | int) -> int:
 def fill_normal(weight: Tensor, std: float, seed: int, name: str) -> None:
     """Overwrite ``weight`` with N(0, std^2) from the stream of ``name``; drawn in fp32 on the CPU, whatever it is."""
     weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=stream(seed, name)))
-
-
-def fill_normal_experts(weight_EDF: Tensor, std: float, seed: int, name: str, first_expert: int = 0) -> None:
-    """The same for stacked matrices, one stream for each expert.
-
-    Args:
-        first_expert: index of ``weight_EDF[0]`` among all experts of the layer.
-    """
-    for row, weight_DF in enumerate(weight_EDF.detach()):
-        fill_normal(weight_DF, std, seed, f"{name}.{first_expert + row}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gates import Causality, Gate, GateConfig, GateInput, GateOutput, Mode, RoutingPlan, build_gate
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import UserError
-from moe.experts import Experts, SwiGLU
+from moe.experts import ExpertBank, Experts, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.dim, self.num_experts = dim, num_experts
         self.gate: Gate = build_gate(gate, dim, num_experts)
-        self.experts = Experts(num_experts, dim, hidden_dim, expert_op)
+        self.experts: ExpertBank = Experts(num_experts, dim, hidden_dim, expert_op)
         self.shared = SwiGLU(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from gates import Gate, GateConfig, GateNumericsError, GateOutput, Mode, RoutingPlan, parse_gate_config
 from moe.attention import Attend, Attention, AttentionCache, RMSNorm
 from moe.config import ModelConfig
-from moe.experts import SwiGLU
-from moe.initial_weights import fill_normal, fill_normal_experts, stream, stream_seed
+from moe.experts import ExpertBank, SwiGLU
+from moe.initial_weights import fill_normal, stream, stream_seed
 from moe.layer import MoELayer, RoutingContext, weighted_aux
 from moe.ops.rotary import Rotary, rotary_angles
 
@@ -250,16 +250,23 @@ class Transformer(nn.Module):
         std = self.config.init_std
         residual_std = std / math.sqrt(2 * self.config.num_layers)
         embedding_std = self.config.embedding_init_std or std
+        expert_banks = {name: module for name, module in self.named_modules() if isinstance(module, ExpertBank)}
         for name, param in self.named_parameters():
             if ".moe.gate." in name:
                 continue
             if name.endswith("norm.weight"):
                 nn.init.ones_(param)
                 continue
-            into_residual = name.endswith(("wo.weight", "w_down.weight", "w_down_EFD"))
-            fill = fill_normal_experts if ".moe.experts." in name else fill_normal
-            own_std = embedding_std if name == "embed.weight" else residual_std if into_residual else std
-            fill(param, own_std, seed, name)
+            module, _, leaf = name.rpartition(".")
+            if module in expert_banks:
+                for expert, stacked, view in expert_banks[module].expert_views(leaf, param.detach()):
+                    own_std = residual_std if stacked == "w_down_EFD" else std
+                    fill_normal(view, own_std, seed, f"{module}.{stacked}.{expert}")
+                continue
+            into_residual = name.endswith(("wo.weight", "w_down.weight"))
+            fill_normal(
+                param, embedding_std if name == "embed.weight" else residual_std if into_residual else std, seed, name
+            )
         for i, gate in self.gates():
             gate.reset_parameters(stream(seed, f"blocks.{i}.moe.gate"))
 

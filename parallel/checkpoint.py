@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe.errors import CheckpointError
-from moe.experts import Experts
+from moe.experts import ExpertBank
 from parallel.topology import Topology
 
 FORMAT = "moeyard-checkpoint"
@@ -46,25 +46,23 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     Stacked expert tensors are split along their first dimension, one key an expert. 0-d optimizer state (the step)
     is kept whole.
     """
-    stacked = {
-        f"{prefix}.{name}" if prefix else name
+    experts = {
+        f"{prefix}.{name}" if prefix else name: (prefix, module)
         for prefix, module in model.named_modules()
-        if isinstance(module, Experts)
+        if isinstance(module, ExpertBank)
         for name, _ in module.named_parameters(recurse=False)
     }
     tensors: dict[str, Tensor] = {}
 
     def add(root: str, name: str, suffix: str, tensor: Tensor) -> None:
-        if name not in stacked:
+        if name not in experts:
             tensors[f"{root}.{name}{suffix}"] = tensor
             return
-        owner, _, leaf = name.rpartition(".")
-        short = leaf.rsplit("_", 1)[0]  # w_gate_EDF -> w_gate: one expert's tensor has no E
-        if tensor.dim() == 0:
-            tensors[f"{root}.{owner}.{short}{suffix}"] = tensor
-        else:
-            for expert in range(tensor.shape[0]):
-                tensors[f"{root}.{owner}.{expert}.{short}{suffix}"] = tensor[expert]
+        prefix, module = experts[name]
+        for expert, stacked, view in module.expert_views(name.rpartition(".")[2], tensor):
+            short = stacked.rsplit("_", 1)[0]  # w_gate_EDF -> w_gate: one expert's tensor has no E
+            key = short if expert is None else f"{expert}.{short}"
+            tensors[f"{root}.{prefix}.{key}{suffix}"] = view
 
     for name, tensor in model.state_dict().items():
         add("model", name, "", tensor)

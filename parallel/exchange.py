@@ -79,6 +79,10 @@ class Schedule:
                 for piece in range(self.pieces):
                     yield Transfer(begin + piece, expert, piece, src, dst)
 
+    def reversed(self) -> Schedule:
+        """The spRS that belongs to this spAG, or the other way round: the same trees backwards."""
+        return Schedule(not self.reduces, self.algorithm, self.pieces, self.trees)
+
     @property
     def num_rounds(self) -> int:
         deepest = max((edge.depth for edges in self.trees.values() for edge in edges), default=0)
@@ -192,8 +196,7 @@ def reduce_schedule(
     Raises:
         PlacementError: ``source`` is not ``target`` with copies added, or ``node_W`` has another length than W.
     """
-    gather = gather_schedule(target, source, algorithm, pieces, node_W)
-    return Schedule(True, algorithm, pieces, gather.trees)
+    return gather_schedule(target, source, algorithm, pieces, node_W).reversed()
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------

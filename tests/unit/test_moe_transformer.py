@@ -9,7 +9,7 @@ import torch
 
 from gates import GateInput, GateNumericsError, Mode
 from moe import ForwardContext, KVCache, ModelConfig, MoEConfig, Transformer, next_token_loss
-from moe.initial_weights import fill_normal_experts, stream_seed
+from moe.initial_weights import fill_normal, stream_seed
 
 pytestmark = pytest.mark.unit
 
@@ -175,10 +175,10 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     double = Transformer(CONFIG).double()
     double.init_weights(0)
     assert torch.equal(double.embed.weight.float(), model.embed.weight)
-    # A rank that holds experts 2 and 3 alone gets the same numbers.
-    shard = torch.empty(2, 16, 16)
-    fill_normal_experts(shard, CONFIG.init_std, 0, "blocks.1.moe.experts.w_up_EDF", first_expert=2)
-    assert torch.equal(shard, model.blocks[1].moe.experts.w_up_EDF[2:])
+    # A rank that holds expert 2 alone gets the same numbers.
+    third = torch.empty(16, 16)
+    fill_normal(third, CONFIG.init_std, 0, "blocks.1.moe.experts.w_up_EDF.2")
+    assert torch.equal(third, model.blocks[1].moe.experts.w_up_EDF[2])
     # Pinned: the same on every machine and in every later version.
     assert stream_seed(0, "embed.weight") == 4271693383388170409
 

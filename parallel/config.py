@@ -1,0 +1,41 @@
+"""Options of how a model is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from parallel.exchange import Algorithm
+from parallel.row_split import SplitRule
+
+ExpertMode = Literal["local", "ep", "fsdp", "fssdp-keep", "fssdp-rm"]
+
+
+class ParallelConfig(BaseModel):
+    """Where experts and the other parameters live, and what moves between ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mode: ExpertMode = Field(
+        "local",
+        description="experts: local copies on every rank; ep: each on its owner; fsdp: all gathered for each layer;"
+        " fssdp-keep: some gathered, kept until backward; fssdp-rm: gathered again for backward",
+    )
+    dense: Literal["ddp"] = Field("ddp", description="how non-expert parameters are replicated")
+    planner: Literal["predict", "calibrate", "spill"] = Field(
+        "predict",
+        description="fssdp: copies by predicted loads; with more by true loads after the gate; or by true loads alone",
+    )
+    overlap_degree: int | Literal["auto"] = Field(
+        "auto", description="fssdp: experts per layer whose copies hide under attention; auto measures it at the start"
+    )
+    max_copies: int | None = Field(None, ge=1, description="fssdp: copies that one rank may hold per layer; null: all")
+    predictor: Literal["mean", "ema", "last"] = Field("mean", description="what the next loads are predicted from")
+    window: int = Field(5, ge=1, description="steps that the predictor looks back")
+    reshard_interval: int = Field(0, ge=0, description="fssdp: steps between moves of owners; 0: owners stay")
+    split: SplitRule = Field("even", description="how rows are split over the holders of an expert")
+    algorithm: Algorithm | Literal["auto"] = Field("auto", description="way of the copies; auto takes the fastest")
+    bucket_mib: float = Field(4.0, gt=0, description="gradient bucket size; a full bucket is reduced during backward")
+    # gloo counts milliseconds in 31 bits.
+    timeout_s: float = Field(600.0, gt=0, le=2e6, description="how long a collective may wait for a late rank")

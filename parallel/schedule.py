@@ -1,0 +1,88 @@
+"""When copies travel: under attention, while no tokens do.
+
+One step of a model with MoE layers 0 and 1; above what the rank computes, below what its link carries. Copies of a
+layer are gathered under the attention before it; their gradients are reduced under the attention behind it, seen
+from backward. ``rm`` frees copies after forward and gathers them again, one layer ahead, for backward.
+
+    forward     attention 0 | experts 0      | attention 1 | experts 1      |
+    link        spAG 0      | tokens, tokens | spAG 1      | tokens, tokens |
+
+    backward    experts 1      | attention 1          | experts 0      | attention 0 |
+    link        tokens, tokens | (rm: spAG 0,) spRS 1 | tokens, tokens | spRS 0      |
+
+The engine calls the events below in the order in which a step reaches them; each says what begins there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parallel.layer_copies import LayerCopies
+
+
+class OverlapSchedule:
+    """Decides what each event of a step begins, waits for and frees.
+
+    Args:
+        layers: in the order of forward.
+        keep: copies stay from forward to backward, and over the micro-batches of a step; else ``rm``.
+    """
+
+    def __init__(self, layers: Sequence[LayerCopies], keep: bool) -> None:
+        self.layers, self.keep = layers, keep
+        self._last_micro_batch = True
+        self._in_backward = False
+        self._unreduced: set[int] = set()
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def forward_begins(self, last_micro_batch: bool) -> None:
+        """A micro-batch begins: the first layer's copies travel under the embedding and the first attention."""
+        self._last_micro_batch, self._in_backward = last_micro_batch, False
+        self.layers[0].gather()
+
+    def weights_needed(self, layer: int) -> None:
+        """Tokens are here, experts are about to compute: what has not arrived by now is exposed."""
+        self.layers[layer].wait()
+
+    def outputs_home(self, layer: int) -> None:
+        """The layer's part of forward is over: the link is free for the next layer's copies."""
+        if self._in_backward:
+            return  # a recomputed forward; backward has its own events
+        if layer + 1 < len(self.layers):
+            if not self.keep:
+                self.layers[layer].release()
+            self.layers[layer + 1].gather()
+        # The last layer's copies stay: backward needs them first.
+
+    # --- backward -------------------------------------------------------------------------------------------------
+
+    def backward_begins(self) -> None:
+        """The loss is known."""
+        self._in_backward = True
+        self._unreduced = set(range(len(self.layers)))
+
+    def gradients_home(self, layer: int) -> None:
+        """The layer's part of backward is over: copies for the layer below come first, they are needed sooner."""
+        if self._last_micro_batch or not self.keep:
+            self.layers[layer].release()
+        if not self.keep and layer > 0:
+            self.layers[layer - 1].gather()
+        self._reduce(layer)
+
+    def backward_ends(self) -> None:
+        """Whatever no gradient reached takes part all the same: every rank begins the same collectives."""
+        for layer in sorted(self._unreduced, reverse=True):
+            self.gradients_home(layer)
+        self._in_backward = False
+
+    def step_ends(self) -> None:
+        """All gradients of owned experts are complete when this returns."""
+        for layer in reversed(self.layers):
+            layer.finish()
+
+    def _reduce(self, layer: int) -> None:
+        self._unreduced.discard(layer)
+        # Kept copies collect gradients over all micro-batches; others have to give them up before they are freed.
+        if self._last_micro_batch or not self.keep:
+            self.layers[layer].reduce()
