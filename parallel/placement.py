@@ -78,19 +78,17 @@ class Placement:
     @cached_property
     def copies_E(self) -> Ints:
         """(E,) short-lived copies of each expert, the owner's not counted."""
-        copies_E: Ints = self.holders_EW.sum(1) - 1
-        return copies_E
+        return _read_only(self.holders_EW.sum(1) - 1)
 
     @cached_property
     def copies_W(self) -> Ints:
         """(W,) copies on each rank, owned experts not counted."""
-        copies_W: Ints = self.holders_EW.sum(0) - self.owned_W
-        return copies_W
+        return _read_only(self.holders_EW.sum(0) - self.owned_W)
 
     @cached_property
     def owned_W(self) -> Ints:
         """(W,) experts that each rank owns."""
-        return np.bincount(self.owner_E, minlength=self.world_size)
+        return _read_only(np.bincount(self.owner_E, minlength=self.world_size))
 
     def owned_by(self, rank: int) -> list[int]:
         """Experts that ``rank`` owns, ascending."""
@@ -151,7 +149,11 @@ class Placement:
         return [(int(e), int(r)) for e, r in np.argwhere(target.holders_EW & ~self.holders_EW)]
 
     def gather_bytes_W(self, target: Placement, chunk_bytes: int) -> Ints:
-        """(W,) bytes that each rank receives in an spAG from here to ``target``; whatever route they take."""
+        """(W,) bytes that each rank receives in an spAG from here to ``target``; whatever route they take.
+
+        Raises:
+            PlacementError: they have other owners, or ``target`` lacks a pair of this.
+        """
         check_materialises(self, target)
         received_W: Ints = (target.holders_EW & ~self.holders_EW).sum(0) * chunk_bytes
         return received_W
@@ -171,6 +173,12 @@ class Placement:
             int(e): [r for r in self.holders(int(e)) if r != self.owner_E[e]] for e in np.flatnonzero(self.copies_E)
         }
         return f"Placement(owner_E={self.owner_E.tolist()}, copies={copies}, world_size={self.world_size})"
+
+
+def _read_only(counts: Ints) -> Ints:
+    # Counts are computed once and shared: whoever writes to them would change the placement for all.
+    counts.flags.writeable = False
+    return counts
 
 
 def check_materialises(source: Placement, target: Placement) -> None:
