@@ -19,7 +19,7 @@ from gates import Causality
 from launch.callbacks.base import Callback, CallbackList
 from launch.config import COMPUTE_DTYPES, TrainConfig
 from launch.data import EvalWindows, PreparedData, TrainSampler, prepare_data
-from launch.export import TOKENIZER_FOLDER, export_model
+from launch.export import TOKENIZER_FOLDER, export_checkpoint, export_model
 from launch.interrupt import Interrupt
 from launch.optim import build_optimizer
 from launch.records import RunInfo
@@ -37,6 +37,8 @@ from parallel.checkpoint import (
     training_tensors,
 )
 from parallel.dense import check_in_sync
+from parallel.engine import ExpertEngine
+from parallel.model import ParallelModel
 from parallel.topology import Topology, connect
 
 SHARED_FILES = "all nodes must see run.root on a shared file system"
@@ -65,7 +67,9 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         with topology.first_rank_goes_first():
             data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
         config = with_vocabulary(config, data.tokenizer, checkpoint)
-        model = build_model(config, topology)
+        model, experts = build_model(config, topology)
+        parallel = ParallelModel(model, topology, config.parallel, experts)
+        held.callback(parallel.close)
         optimizer = build_optimizer(model, config.optim)
         check_in_sync(model, topology)
         # Before anything in the run directory changes: a damaged checkpoint must leave the others as they are.
@@ -91,6 +95,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             config=config,
             topology=topology,
             model=model,
+            parallel=parallel,
             optimizer=optimizer,
             sampler=TrainSampler(data.train, config.run.seed, config.train.seq_len, config.train.global_batch),
             validation=EvalWindows(data.validation, config.train.seq_len, data.tokenizer),
@@ -111,7 +116,12 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         try:
             code = trainer.run()
             if topology.is_first and trainer.step == config.train.steps:
-                where = export_model(model, data.tokenizer, config, trainer.step, run_dir / MODEL_FOLDER)
+                where = run_dir / MODEL_FOLDER
+                if experts:  # no rank has them all: the checkpoint does
+                    saved = read_checkpoint(find_checkpoint(run_dir / CHECKPOINT_FOLDER))
+                    export_checkpoint(saved, run_dir / TOKENIZER_FOLDER, where)
+                else:
+                    export_model(model, data.tokenizer, config, trainer.step, where)
                 callbacks.on_message(
                     f"model exported to {where}; serve it with: moeyard serve {shlex.quote(str(run_dir))}"
                 )
@@ -249,13 +259,16 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Check
     return config.model_copy(update={"model": model})
 
 
-def build_model(config: TrainConfig, topology: Topology) -> Transformer:
-    """The model with initial weights, on this rank's device; the same on every rank because init is seeded by name.
+def build_model(config: TrainConfig, topology: Topology) -> tuple[Transformer, ExpertEngine | None]:
+    """The model with initial weights on this rank's device, and the engine that its experts are spread by, if any.
+
+    Weights are the same however they are spread, because each tensor is seeded by its name.
 
     Raises:
         ConfigError: the gate looks at the whole batch and has no causal surrogate, so no text could be generated.
     """
-    model = Transformer(config.model, config.gate)
+    sharded = config.parallel.mode != "local" and config.model.num_moe_layers > 0
+    model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
     for layer, gate in model.gates():
         if gate.causality is Causality.BATCH and gate.causal_surrogate() is None:
             raise ConfigError(
@@ -264,9 +277,11 @@ def build_model(config: TrainConfig, topology: Topology) -> Transformer:
                     f" declares nothing to use for generation; layer {layer} of a causal language model cannot use it"
                 ]
             )
+    compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
+    experts = ExpertEngine(model, topology, config.parallel, compute_dtype=compute_dtype) if sharded else None
     model.init_weights(config.run.seed)
     dtype = torch.float64 if config.train.compute_dtype == "fp64" else torch.float32
-    return model.to(topology.device, dtype)
+    return model.to(topology.device, dtype), experts
 
 
 def open_run_dir(

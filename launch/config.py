@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gates import GateField, TopKConfig
 from moe.config import ModelConfig
+from parallel.config import ParallelConfig
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -101,13 +102,6 @@ class TrackConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "moeyard"
-
-
-class ParallelConfig(Section):
-    dense: Literal["ddp"] = Field("ddp", description="how non-expert parameters are replicated")
-    bucket_mib: float = Field(4.0, gt=0, description="gradient bucket size; a full bucket is reduced during backward")
-    # gloo counts milliseconds in 31 bits.
-    timeout_s: float = Field(600.0, gt=0, le=2e6, description="how long a collective may wait for a late rank")
 
 
 class TrainConfig(Section):

@@ -42,11 +42,13 @@ def evaluate(
     limit: int | None,
     batch: int,
     compute_dtype: torch.dtype | None = None,
+    in_lockstep: bool = False,
 ) -> EvalResult:
     """Evaluate the first ``limit`` validation windows (None: all), split over the ranks; same result on each.
 
     Args:
         batch: windows per forward pass.
+        in_lockstep: ranks with fewer windows run forward passes without any, because their experts may be asked.
     """
     count = windows.num_sequences if limit is None else min(limit, windows.num_sequences)
     begin, end = (count * (topology.rank + i) // topology.world_size for i in (0, 1))
@@ -55,15 +57,18 @@ def evaluate(
     moe_layers = model.moe_layers()
     load_LE = torch.zeros(len(moe_layers), model.config.moe.num_experts, dtype=torch.int64)
     nats, tokens, text_bytes = 0.0, 0, 0
-    for start in range(begin, end, batch):
-        ids_BS, valid_BT = windows.rows(start, min(start + batch, end))
+    longest = math.ceil(count / topology.world_size) if in_lockstep else end - begin
+    passes = math.ceil(longest / batch)
+    for start in range(begin, begin + passes * batch, batch):
+        first, stop = min(start, end), min(start + batch, end)
+        ids_BS, valid_BT = windows.rows(first, stop)
         ids_BS, valid_BT = ids_BS.to(topology.device), valid_BT.to(topology.device)
         context = ForwardContext(mode=Mode.EVAL, valid_BT=valid_BT, compute_dtype=compute_dtype)
         output = model(ids_BS[:, :-1], context=context)
         batch_nats, batch_tokens = next_token_loss(output.logits_BTV, ids_BS[:, 1:], valid_BT)
         nats += float(batch_nats)
         tokens += int(batch_tokens)
-        text_bytes += windows.text_bytes(start, min(start + batch, end))
+        text_bytes += windows.text_bytes(first, stop)
         for row, layer in enumerate(output.routing):
             load_LE[row] += layer.output.plan.load_E.cpu()
     model.train(was_training)

@@ -32,7 +32,7 @@ from moe.errors import CheckpointError, NumericsError
 from moe.generate import SamplingParams, generate
 from moe.transformer import ForwardContext, ModelOutput, next_token_loss
 from parallel.checkpoint import CheckpointWriter, training_tensors
-from parallel.dense import GradientReducer
+from parallel.model import ParallelModel
 from parallel.topology import Topology
 
 
@@ -44,6 +44,7 @@ class Trainer:
         config: TrainConfig,
         topology: Topology,
         model: Transformer,
+        parallel: ParallelModel,
         optimizer: torch.optim.Optimizer,
         sampler: TrainSampler,
         validation: EvalWindows,
@@ -55,6 +56,7 @@ class Trainer:
         self.config = config
         self.topology = topology
         self.model = model
+        self.parallel = parallel
         self.optimizer = optimizer
         self.sampler = sampler
         self.validation = validation
@@ -62,7 +64,6 @@ class Trainer:
         self.writer = writer
         self.callbacks = callbacks
         self.interrupt = interrupt
-        self.reducer = GradientReducer(model.parameters(), topology, int(config.parallel.bucket_mib * 2**20))
         self.timer = PhaseTimer(topology.device)
         self.compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
         self.step = 0
@@ -127,37 +128,38 @@ class Trainer:
         for _, gate in self.model.gates():
             gate.begin_step(step)
         with timer.phase("optimizer"):
-            self.reducer.zero()
+            self.parallel.begin_step()
         for row, ids_BS, last in self._micro_batches(step):
+            self.parallel.forward_begins(last)
             try:
                 with timer.phase("forward"):
                     output, nats, tokens = self._forward(ids_BS, step, row)
                     # The one divisor rule: a term weighs its share of the step's tokens; gradients are summed.
                     loss = nats / tokens_per_step + output.aux_loss() * (tokens / tokens_per_step)
             except GateNumericsError as error:
-                if self.config.gate.reduces_in_forward():
+                if self.config.gate.reduces_in_forward() or self.parallel.in_lockstep:
                     # The others wait in a collective of their own forward: only this rank's end can tell them.
                     raise NumericsError(f"step {step + 1}: {error}") from error
                 stats.bad = True  # the other ranks learn of it in this step's collectives
                 break
             stats.add(output, nats, tokens)
             with timer.phase("backward"):
-                self.reducer.expect(last)
-                loss.backward()
+                self.parallel.backward(loss, last)
         with timer.phase("reduce"):
             stats.stop = self.interrupt.requested
-            self.reducer.finish()
+            self.parallel.finish()
             stats.reduce(self.topology)
         with timer.phase("optimizer"):
-            norm = self.reducer.grad_norm()
+            norm = self.parallel.grad_norm()
             self._grad_norm = float(norm)
             if stats.bad or not np.isfinite(stats.loss) or not np.isfinite(self._grad_norm):
                 self._fail_on_nan(stats)
-            self.reducer.clip_(norm, self.config.optim.clip_norm)
+            self.parallel.clip_(norm, self.config.optim.clip_norm)
             set_learning_rate(self.optimizer, learning_rate(step, self.config.train.steps, self.config.optim))
             self.optimizer.step()
             for row_index, (_, gate) in enumerate(self.model.gates()):
                 gate.end_step(stats.offered_LE[row_index], stats.gate_metrics(row_index))
+            self.parallel.end_step(stats.load_LE)
         return stats
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, bool]]:
@@ -226,7 +228,7 @@ class Trainer:
     def _evaluate(self, final: bool) -> None:
         start = time.perf_counter()
         limit = self.config.eval.final_sequences if final else self.config.eval.sequences
-        with self._numerics("evaluation"):
+        with self._numerics("evaluation"), self.parallel.inference():
             result = evaluate(
                 self.model,
                 self.validation,
@@ -234,6 +236,7 @@ class Trainer:
                 limit=limit,
                 batch=self._micro,
                 compute_dtype=self.compute_dtype,
+                in_lockstep=self.parallel.in_lockstep,
             )
         record = EvalRecord(
             step=self.step,
@@ -248,8 +251,16 @@ class Trainer:
         self.callbacks.on_eval(record)
 
     def _sample(self) -> None:
-        if not self.topology.is_first:
-            return
+        self.model.eval()
+        with self.parallel.first_rank_computes(self._forward_nothing) as computes:
+            if computes:
+                self._write_sample()
+
+    def _forward_nothing(self) -> None:
+        nothing = torch.zeros(0, 1, dtype=torch.int64, device=self.topology.device)
+        self.model(nothing, context=ForwardContext(mode=Mode.EVAL))
+
+    def _write_sample(self) -> None:
         config = self.config.eval
         prompt = self.tokenizer.encode(config.sample_prompt) if config.sample_prompt else [self.tokenizer.eos_id]
         prompt = prompt[-(self.config.model.max_seq_len - 1) :]
@@ -257,7 +268,6 @@ class Trainer:
         params = SamplingParams(
             max_tokens=min(config.sample_tokens, room), temperature=0.8, top_p=0.95, seed=self.config.run.seed
         )
-        self.model.eval()
         with self._numerics("sample"):
             tokens = [step.token for step in generate(self.model, prompt, params, eos_id=self.tokenizer.eos_id)]
         record = SampleRecord(self.step, config.sample_prompt, self.tokenizer.decode(tokens))
@@ -298,7 +308,9 @@ class Trainer:
     def _fail_on_nan(self, stats: StepStats) -> None:
         """Say what went bad first, on the lowest rank that can tell, and stop every rank."""
         found = None
-        for row, ids_BS, _ in self._micro_batches(self.step):
+        # Tokens travel between ranks: a forward pass that one rank breaks off would leave the others waiting.
+        alone = [] if self.parallel.in_lockstep else self._micro_batches(self.step)
+        for row, ids_BS, _ in alone:
 
             def forward(ids_BS: Tensor = ids_BS, row: int = row) -> object:
                 return self._forward(ids_BS, self.step, row, alone=True)

@@ -142,12 +142,11 @@ class Attention(nn.Module):
             rotary: angles of their positions.
             attend: attention that knows earlier positions; None attends within ``x_BTD`` alone.
         """
-        batch, length, _ = x_BTD.shape
-        dtype = x_BTD.dtype
-        heads = (batch, length, -1, self.head_dim)
-        q_BTHd = F.linear(x_BTD, self.wq.weight.to(dtype)).view(heads)
-        k_BTGd = F.linear(x_BTD, self.wk.weight.to(dtype)).view(heads)
-        v_BTGd = F.linear(x_BTD, self.wv.weight.to(dtype)).view(heads)
+        length, dtype = x_BTD.shape[1], x_BTD.dtype
+        heads = (-1, self.head_dim)
+        q_BTHd = F.linear(x_BTD, self.wq.weight.to(dtype)).unflatten(-1, heads)
+        k_BTGd = F.linear(x_BTD, self.wk.weight.to(dtype)).unflatten(-1, heads)
+        v_BTGd = F.linear(x_BTD, self.wv.weight.to(dtype)).unflatten(-1, heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
         q_BHTd = apply_rotary(q_BTHd, rotary)
@@ -158,4 +157,4 @@ class Attention(nn.Module):
         else:
             op = choose_attention_op(x_BTD.device, dtype, length, q_BHTd.requires_grad)
             out_BHTd = causal_attention(q_BHTd, k_BGTd, v_BGTd, op.name)
-        return F.linear(out_BHTd.transpose(1, 2).reshape(batch, length, -1), self.wo.weight.to(dtype))
+        return F.linear(out_BHTd.transpose(1, 2).flatten(2), self.wo.weight.to(dtype))

@@ -49,16 +49,22 @@ class Experts(ExpertBank):
         dim: D.
         hidden_dim: F.
         op: how stacked matrices are multiplied; see :func:`moe.ops.grouped_mm.choose_expert_op`.
+        device: where the weights are; "meta" for a bank that ``parallel`` is about to spread over ranks.
     """
 
     def __init__(
-        self, num_experts: int, dim: int, hidden_dim: int, op: Literal["auto", "grouped_mm", "loop"] = "auto"
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        op: Literal["auto", "grouped_mm", "loop"] = "auto",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim, self.requested_op = num_experts, dim, hidden_dim, op
-        self.w_gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w_gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device))
+        self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device))
+        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device))
         self._choices: dict[tuple[torch.device, torch.dtype], tuple[ExpertOp, str]] = {}
         self.reset_parameters()
 

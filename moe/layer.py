@@ -92,6 +92,7 @@ class MoELayer(nn.Module):
             arXiv:2401.06066); held as one network of that multiple of F.
         expert_op: "auto", "grouped_mm" or "loop".
         dispatcher: how tokens get to experts; None computes all experts in this process.
+        expert_device: where the routed experts' weights are made; "meta" leaves them to ``parallel``.
     """
 
     def __init__(
@@ -104,11 +105,12 @@ class MoELayer(nn.Module):
         num_shared_experts: int = 0,
         expert_op: Literal["auto", "grouped_mm", "loop"] = "auto",
         dispatcher: Dispatcher | None = None,
+        expert_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.num_experts = dim, num_experts
         self.gate: Gate = build_gate(gate, dim, num_experts)
-        self.experts: ExpertBank = Experts(num_experts, dim, hidden_dim, expert_op)
+        self.experts: ExpertBank = Experts(num_experts, dim, hidden_dim, expert_op, expert_device)
         self.shared = SwiGLU(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 

@@ -104,7 +104,9 @@ def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor, valid_BT: Tensor | N
 class Block(nn.Module):
     """One pre-norm block: attention, then experts (``moe``) or one dense network (``ffn``)."""
 
-    def __init__(self, config: ModelConfig, gate: GateConfig, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, gate: GateConfig, index: int, expert_device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.index = index
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -120,6 +122,7 @@ class Block(nn.Module):
                 gate,
                 num_shared_experts=config.moe.num_shared_experts,
                 expert_op=config.moe.expert_op,
+                expert_device=expert_device,
             )
         else:
             self.ffn = SwiGLU(config.dim, config.dense_width(gate))
@@ -209,12 +212,19 @@ class Transformer(nn.Module):
     Args:
         config: its shape; ``vocab_size`` must be set.
         gate: routing strategy of every MoE layer: a name, ``{"name": ..., options}`` or a gate config.
+        expert_device: where routed experts are made; "meta" leaves them to ``parallel``. None: with the rest.
 
     Raises:
         ValueError: a combination of options that cannot be built, all problems at once.
     """
 
-    def __init__(self, config: ModelConfig, gate: str | Mapping[str, Any] | GateConfig = "topk") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        gate: str | Mapping[str, Any] | GateConfig = "topk",
+        *,
+        expert_device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.gate_config = config, parse_gate_config(gate)
         problems = config.check()
@@ -224,7 +234,7 @@ class Transformer(nn.Module):
         if problems or config.vocab_size is None:
             raise ValueError("; ".join(problems))
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, self.gate_config, i) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self.gate_config, i, expert_device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 

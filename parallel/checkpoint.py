@@ -317,10 +317,12 @@ def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Top
     sizes = {k: tuple(v.size) for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
     problems = [f"{key} is not in the checkpoint" for key in tensors if key not in sizes]
     if not subset:
+        # A rank asks for the experts that it owns; only together do the ranks ask for everything.
+        asked = {key for keys in topology.gather_objects(list(tensors)) for key in keys}
         problems += [
             f"{key} is in the checkpoint only"
             for key in sizes
-            if key not in tensors and key.startswith(("model.", "optim."))
+            if key not in asked and key.startswith(("model.", "optim."))
         ]
     problems += [
         f"{key} has shape {tuple(tensor.shape)} here and {sizes[key]} in the checkpoint"

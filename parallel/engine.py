@@ -108,6 +108,8 @@ class ExpertEngine:
         )
 
     def _schedule(self, sharding: Placement, placement: Placement, chunk_bytes: int) -> Schedule:
+        if placement == sharding:
+            return Schedule(False, "flat", 1, {})
         if self.config.algorithm == "auto":
             return choose_schedule(sharding, placement, chunk_bytes, self.link, self.node_W)
         pieces = choose_pieces(chunk_bytes, self.link, self.topology.world_size - 1)

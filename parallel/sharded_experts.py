@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from moe.experts import ExpertBank, Experts, swiglu_experts
 from moe.ops.grouped_mm import ExpertOp
 
+OWNED_CHUNKS = "chunks_eX"
+"""Name of the parameter that holds a rank's own experts."""
+
 
 @dataclass(frozen=True)
 class ChunkPart:
@@ -199,7 +202,7 @@ class ShardedExperts(ExpertBank):
 
     def expert_views(self, name: str, tensor: Tensor) -> Iterator[tuple[int | None, str, Tensor]]:
         """See :meth:`moe.experts.ExpertBank.expert_views`."""
-        assert name == "chunks_eX", name
+        assert name == OWNED_CHUNKS, name
         for part in self.layout:
             if tensor.dim() == 0:
                 yield None, part.name, tensor

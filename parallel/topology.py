@@ -43,6 +43,11 @@ class Topology:
     checkpoint_group: dist.ProcessGroup | None
     patient_group: dist.ProcessGroup | None = None
 
+    @staticmethod
+    def alone() -> Topology:
+        """A world of this process, on the CPU, whatever process groups there are."""
+        return Topology(0, 1, 0, 1, torch.device("cpu"), "one process", None)
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0

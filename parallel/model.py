@@ -1,0 +1,134 @@
+"""A model whose training is spread over ranks: replicated dense parameters, and experts wherever the mode puts them.
+
+What the training loop sees of ``parallel``: the events of a step, the one gradient norm, and forward passes in which
+all ranks must take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from parallel.config import ParallelConfig
+from parallel.dense import GradientReducer
+from parallel.engine import ExpertEngine
+from parallel.placement import Ints
+from parallel.topology import Topology
+
+
+class ParallelModel:
+    """Per step: :meth:`begin_step`; per micro-batch :meth:`forward_begins` and :meth:`backward`; then :meth:`finish`,
+    :meth:`grad_norm`, :meth:`clip_`, the optimizer, and :meth:`end_step`.
+
+    Args:
+        model: on this rank's device, weights in place.
+        experts: the engine that its MoE layers were given to; None when every rank computes all experts itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, topology: Topology, config: ParallelConfig, experts: ExpertEngine | None = None
+    ) -> None:
+        self.model, self.topology, self.experts = model, topology, experts
+        sharded = set(experts.parameters()) if experts else set()
+        dense = [param for param in model.parameters() if param not in sharded]
+        self.dense = GradientReducer(dense, topology, int(config.bucket_mib * 2**20))
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Must all ranks run the same number of forward passes, because tokens travel between them?"""
+        return self.experts is not None
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Forget all gradients and decide where experts are copied to."""
+        self.dense.zero()
+        if self.experts:
+            self.experts.begin_step()
+
+    def forward_begins(self, last: bool) -> None:
+        """Announce a forward pass with gradients; ``last`` micro-batch of the step or not."""
+        if self.experts:
+            self.experts.forward_begins(last)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """``loss.backward()``; in the ``last`` one of the step, gradients are summed over ranks while it runs."""
+        self.dense.expect(last)
+        if self.experts:
+            self.experts.backward(loss)
+        else:
+            loss.backward()
+
+    def finish(self) -> None:
+        """Wait until all gradients are sums over all ranks. Must be called on every rank, every step."""
+        self.dense.finish()
+        if self.experts:
+            self.experts.finish()
+
+    def grad_norm(self) -> Tensor:
+        """0-d fp64 L2 norm over dense parameters and experts, each counted once; the same on every rank."""
+        norm = self.dense.grad_norm()
+        if self.experts is None:
+            return norm
+        return (norm.cpu() ** 2 + self.experts.grad_square_sum()).sqrt()
+
+    def clip_(self, norm: Tensor, max_norm: float) -> None:
+        """Scale all gradients so that their norm, given as ``norm``, is at most ``max_norm``; 0 means no limit."""
+        self.dense.clip_(norm, max_norm)
+        if self.experts and max_norm > 0 and float(norm) > max_norm:
+            self.experts.scale_grads_(max_norm / float(norm))
+
+    def end_step(self, load_LE: Tensor) -> None:
+        """The optimizer has stepped; ``load_LE`` are the step's global loads."""
+        if self.experts:
+            loads: Ints = load_LE.cpu().numpy()
+            self.experts.end_step(loads)
+
+    def close(self) -> None:
+        """End background threads."""
+        if self.experts:
+            self.experts.close()
+
+    # --- forward passes without gradients -------------------------------------------------------------------------
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Forward passes without gradients; all ranks must run equally many if :attr:`in_lockstep`."""
+        if self.experts is None:
+            yield
+        else:
+            with self.experts.inference():
+                yield
+
+    @contextmanager
+    def first_rank_computes(self, forward_nothing: Callable[[], object]) -> Iterator[bool]:
+        """The first rank runs the block, with forward passes as many as it likes; yields whether this is the one.
+
+        Args:
+            forward_nothing: a forward pass without tokens; the other ranks run one for each of the first rank's,
+                because their experts may be asked.
+        """
+        if not self.in_lockstep or self.topology.world_size == 1:
+            yield self.topology.is_first
+            return
+        with self.inference():
+            if not self.topology.is_first:
+                with torch.no_grad():
+                    while self.topology.broadcast_object(None):
+                        forward_nothing()
+                yield False
+                return
+
+            def announce(_module: nn.Module, _args: object) -> None:
+                self.topology.broadcast_object(True)
+
+            hook = self.model.register_forward_pre_hook(announce)
+            try:
+                yield True
+            finally:
+                hook.remove()
+            # Not after an error: the others may be inside a forward pass, and learn of it by this rank's end.
+            self.topology.broadcast_object(False)
