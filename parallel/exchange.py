@@ -15,11 +15,13 @@ Pure functions of integers, the same on every rank. Shape suffixes: W ranks.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count, repeat
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from parallel.placement import Placement, PlacementError, check_materialises
 
@@ -41,7 +43,7 @@ class Transfer(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """A step of one chunk's tree; ``depth`` counts from 1 at the owner's children."""
+    """A link of one chunk's tree; ``depth`` is the step that takes it, from 1, later than the one to ``parent``."""
 
     parent: int
     child: int
@@ -99,40 +101,38 @@ class Schedule:
 
 # --- trees ------------------------------------------------------------------------------------------------------------
 
-Pairs = list[tuple[int, int]]
-"""(parent, child), parents before their children."""
+
+def _flat(order: Sequence[int], node_W: Sequence[int]) -> list[Edge]:
+    return [Edge(order[0], rank, 1) for rank in order[1:]]
 
 
-def _flat(order: Sequence[int], node_W: Sequence[int]) -> Pairs:
-    return [(order[0], rank) for rank in order[1:]]
+def _chain(order: Sequence[int], node_W: Sequence[int], begin: int = 1) -> list[Edge]:
+    return list(map(Edge._make, zip(order, order[1:], count(begin), strict=False)))
 
 
-def _chain(order: Sequence[int], node_W: Sequence[int]) -> Pairs:
-    return list(pairwise(order))
-
-
-def _binomial(order: Sequence[int], node_W: Sequence[int]) -> Pairs:
-    # In every round, each rank that has the chunk sends it to one that has not.
-    pairs: Pairs = []
-    have = 1
+def _binomial(order: Sequence[int], node_W: Sequence[int]) -> list[Edge]:
+    # In every step, each rank that has the chunk sends it to one that has not. A depth is a step and not a number of
+    # hops: a rank serves its children one after another, the one with most ranks behind it first.
+    edges: list[Edge] = []
+    have = step = 1
     while have < len(order):
-        pairs += [(order[i], order[have + i]) for i in range(min(have, len(order) - have))]
-        have *= 2
-    return pairs
+        edges += map(Edge._make, zip(order[:have], order[have : 2 * have], repeat(step), strict=False))
+        have, step = 2 * have, step + 1
+    return edges
 
 
-def _two_level(order: Sequence[int], node_W: Sequence[int]) -> Pairs:
+def _two_level(order: Sequence[int], node_W: Sequence[int]) -> list[Edge]:
     # A chain from node leader to node leader, and a chain inside each node: both kinds of link are busy at once.
     members: dict[int, list[int]] = defaultdict(list)
     for rank in order:
         members[node_W[rank]].append(rank)
-    pairs = _chain([ranks[0] for ranks in members.values()], node_W)
-    for ranks in members.values():
-        pairs += _chain(ranks, node_W)
-    return pairs
+    edges = _chain([ranks[0] for ranks in members.values()], node_W)
+    for leader_depth, ranks in enumerate(members.values()):
+        edges += _chain(ranks, node_W, leader_depth + 1)
+    return edges
 
 
-_TREES: dict[Algorithm, Callable[[Sequence[int], Sequence[int]], Pairs]] = {
+_TREES: dict[Algorithm, Callable[[Sequence[int], Sequence[int]], list[Edge]]] = {
     "flat": _flat,
     "chain": _chain,
     "tree": _binomial,
@@ -140,23 +140,28 @@ _TREES: dict[Algorithm, Callable[[Sequence[int], Sequence[int]], Pairs]] = {
 }
 
 
-def _visiting_order(owner: int, others: Sequence[int], node_W: Sequence[int]) -> list[int]:
-    """The owner, then the others node by node from the owner's on, so that a chain enters each node once.
+def _visiting_orders(source: Placement, target: Placement, node_W: Sequence[int]) -> dict[int, list[int]]:
+    """For each expert that travels the owner, then its new holders node by node from the owner's on.
 
-    Inside a node, ranks stand in the order that begins after the owner: chains of different owners then load different
-    links.
+    So a chain enters each node once. Each node is walked through from the owner's place in its own node on: chains of
+    different owners enter and end at different ranks, and where all nodes are alike and all experts go everywhere, all
+    ranks send equally much.
     """
-    nodes, world = max(node_W) + 1, len(node_W)
-    return [owner, *sorted(others, key=lambda r: ((node_W[r] - node_W[owner]) % nodes, (r - owner) % world))]
-
-
-def _edges(pairs: Pairs) -> tuple[Edge, ...]:
-    depth = {pairs[0][0]: 0}
-    edges = []
-    for parent, child in pairs:
-        depth[child] = depth[parent] + 1
-        edges.append(Edge(parent, child, depth[child]))
-    return tuple(edges)
+    check_materialises(source, target)
+    if len(node_W) != source.world_size:
+        raise PlacementError(f"node_W names {len(node_W)} ranks, the placement has {source.world_size}")
+    node = np.array(node_W, dtype=np.int64)
+    same_WW = node[:, None] == node
+    place_W = np.tril(same_WW, -1).sum(1)
+    expert_N, rank_N = np.nonzero(target.holders_EW & ~source.holders_EW)
+    owner_N = source.owner_E[expert_N]
+    nodes_on_N = (node[rank_N] - node[owner_N]) % (node.max(initial=0) + 1)
+    places_on_N = (place_W[rank_N] - place_W[owner_N]) % same_WW.sum(1)[rank_N]
+    sorted_N = np.lexsort((places_on_N, nodes_on_N, expert_N))
+    orders: dict[int, list[int]] = {}
+    for expert, owner, rank in np.stack((expert_N, owner_N, rank_N), 1)[sorted_N].tolist():
+        orders.setdefault(expert, [owner]).append(rank)
+    return orders
 
 
 def gather_schedule(
@@ -170,19 +175,16 @@ def gather_schedule(
 
     Raises:
         PlacementError: ``target`` is not ``source`` with copies added, or ``node_W`` has another length than W.
+        ValueError: no pieces.
     """
-    check_materialises(source, target)
-    if len(node_W) != source.world_size:
-        raise PlacementError(f"node_W names {len(node_W)} ranks, the placement has {source.world_size}")
-    others: dict[int, list[int]] = defaultdict(list)
-    for expert, rank in source.new_pairs(target):
-        others[expert].append(rank)
+    return _lay(_visiting_orders(source, target, node_W), algorithm, pieces, node_W)
+
+
+def _lay(orders: dict[int, list[int]], algorithm: Algorithm, pieces: int, node_W: Sequence[int]) -> Schedule:
+    if pieces < 1:
+        raise ValueError(f"pieces is {pieces}: a chunk is cut into 1 piece or more")
     lay = _TREES[algorithm]
-    trees = {
-        expert: _edges(lay(_visiting_order(int(source.owner_E[expert]), ranks, node_W), node_W))
-        for expert, ranks in others.items()
-    }
-    return Schedule(False, algorithm, pieces, trees)
+    return Schedule(False, algorithm, pieces, {expert: tuple(lay(order, node_W)) for expert, order in orders.items()})
 
 
 def reduce_schedule(
@@ -195,6 +197,7 @@ def reduce_schedule(
 
     Raises:
         PlacementError: ``source`` is not ``target`` with copies added, or ``node_W`` has another length than W.
+        ValueError: no pieces.
     """
     return gather_schedule(target, source, algorithm, pieces, node_W).reversed()
 
@@ -218,28 +221,34 @@ class LinkModel:
 
 
 def schedule_ns(schedule: Schedule, chunk_bytes: int, link: LinkModel, node_W: Sequence[int]) -> int:
-    """Modelled duration: the busiest link's bytes, the wait of the deepest rank for its first piece, and latency."""
+    """Modelled duration: the busiest link's bytes, the wait of the last rank for its first piece, and latency."""
     if not schedule.trees:
         return 0
-    busy: Counter[tuple[str, int]] = Counter()
-    deepest = 0
+    rank_ns = chunk_bytes * 10**9 // link.bytes_per_s
+    node_ns = chunk_bytes * 10**9 // link.node_bytes_per_s if link.node_bytes_per_s is not None else 0
+    sends_W, receives_W = [0] * len(node_W), [0] * len(node_W)
+    leaves, enters = [0] * (max(node_W) + 1), [0] * (max(node_W) + 1)
     for edges in schedule.trees.values():
-        for parent, child, depth in edges:
-            deepest = max(deepest, depth)
-            busy["send", parent] += 1
-            busy["receive", child] += 1
-            if link.node_bytes_per_s is not None and node_W[parent] != node_W[child]:
-                busy["leave", node_W[parent]] += 1
-                busy["enter", node_W[child]] += 1
-    chunk_ns = {
-        "rank": chunk_bytes * 10**9 // link.bytes_per_s,
-        "node": chunk_bytes * 10**9 // (link.node_bytes_per_s or link.bytes_per_s),
-    }
-    slowest = max(
-        count * chunk_ns["node" if kind in ("leave", "enter") else "rank"] for (kind, _), count in busy.items()
-    )
-    fill = (deepest - 1) * max(chunk_ns.values()) // schedule.pieces
-    return slowest + fill + link.latency_ns * schedule.num_rounds
+        for parent, child, _ in edges:
+            sends_W[parent] += 1
+            receives_W[child] += 1
+            if node_W[parent] != node_W[child]:
+                leaves[node_W[parent]] += 1
+                enters[node_W[child]] += 1
+    busiest_ns = max(max(sends_W + receives_W) * rank_ns, max(leaves + enters) * node_ns)
+    widest = max(schedule.trees.values(), key=len)
+    fill_ns = _fill_ns(widest, rank_ns, max(rank_ns, node_ns), node_W) // schedule.pieces
+    return busiest_ns + fill_ns + link.latency_ns * schedule.num_rounds
+
+
+def _fill_ns(edges: Sequence[Edge], rank_ns: int, node_ns: int, node_W: Sequence[int]) -> int:
+    # One chunk by itself, uncut, each rank sending to one child after another.
+    root = edges[0].parent
+    came, free = {root: 0}, {root: 0}
+    for parent, child, _ in edges:
+        hop_ns = rank_ns if node_W[parent] == node_W[child] else node_ns
+        came[child] = free[child] = free[parent] = free[parent] + hop_ns
+    return max(came.values()) - max(free[rank] - came[rank] for rank in came)
 
 
 def choose_pieces(chunk_bytes: int, link: LinkModel, depth: int) -> int:
@@ -256,10 +265,10 @@ def choose_schedule(
     source: Placement, target: Placement, chunk_bytes: int, link: LinkModel, node_W: Sequence[int]
 ) -> Schedule:
     """The spAG schedule from ``source`` to ``target`` with the least modelled time; of equals the first algorithm."""
+    orders = _visiting_orders(source, target, node_W)
     candidates = []
     for index, algorithm in enumerate(ALGORITHMS):
-        whole = gather_schedule(source, target, algorithm, 1, node_W)
-        deepest = max((edge.depth for edges in whole.trees.values() for edge in edges), default=0)
-        schedule = Schedule(False, algorithm, choose_pieces(chunk_bytes, link, deepest), whole.trees)
+        whole = _lay(orders, algorithm, 1, node_W)
+        schedule = replace(whole, pieces=choose_pieces(chunk_bytes, link, whole.num_rounds))
         candidates.append((schedule_ns(schedule, chunk_bytes, link, node_W), index, schedule))
     return min(candidates, key=lambda candidate: candidate[:2])[2]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from parallel.exchange import Transfer
 from parallel.placement import Placement
 
@@ -33,13 +35,15 @@ def check_schedule(
     Raises:
         ScheduleError: with the rank, round, expert and piece.
     """
-    sharding, wide = (target, source) if reduces else (source, target)
-    has: dict[tuple[int, int, int], list[int]] = {}  # (rank, expert, piece) -> ranks whose value is in it
-    for expert in range(wide.num_experts):
-        for rank in wide.holders(expert):
-            if reduces or sharding.holders_EW[expert, rank]:
-                for piece in range(pieces):
-                    has[rank, expert, piece] = [rank]
+    narrow, wide = (target, source) if reduces else (source, target)
+    moves = narrow.new_pairs(wide)
+    gets = set(moves)
+    adds_up = {expert: [int(wide.owner_E[expert])] for expert, _ in moves}  # spRS: whose values the owner ends with
+    for expert, rank in moves:
+        adds_up[expert].append(rank)
+    begins = [(e, r) for e, ranks in adds_up.items() for r in ranks] if reduces else np.argwhere(narrow.holders_EW)
+    # (rank, expert, piece) -> ranks whose value is in it. A copy that an spRS leaves where it is has no part in it.
+    has = {(int(rank), int(expert), piece): [int(rank)] for expert, rank in begins for piece in range(pieces)}
     rounds: dict[int, dict[int, list[Transfer]]] = defaultdict(dict)
     for rank, transfers in of_rank.items():
         if list(transfers) != sorted(transfers):
@@ -58,7 +62,7 @@ def check_schedule(
                     continue
                 key = (rank, t.expert, t.piece)
                 if key not in has:
-                    raise ScheduleError(f"{t}: rank {rank} does not have that piece before this round")
+                    raise ScheduleError(f"{t}: rank {rank} has no such piece to send before this round")
                 if reduces and key in left:
                     raise ScheduleError(f"{t}: rank {rank} has given that piece away")
                 if reduces:
@@ -68,23 +72,27 @@ def check_schedule(
             key = (t.dst, t.expert, t.piece)
             if not reduces and key in has:
                 raise ScheduleError(f"{t}: rank {t.dst} has that piece already")
+            if not reduces and (t.expert, t.dst) not in gets:
+                raise ScheduleError(f"{t}: rank {t.dst} is not to get that expert")
             if reduces and (key not in has or key in left):
                 raise ScheduleError(f"{t}: rank {t.dst} cannot add to that piece any more")
             has[key] = has.get(key, []) + value
-    for expert in range(wide.num_experts):
-        holders = wide.holders(expert)
+    for expert, rank in [(e, int(wide.owner_E[e])) for e in adds_up] if reduces else moves:
         for piece in range(pieces):
-            for rank in [int(wide.owner_E[expert])] if reduces else holders:
-                got = sorted(has.get((rank, expert, piece), []))
-                wanted = holders if reduces else got[:1]
-                if not got or got != wanted:
-                    raise ScheduleError(f"expert {expert} piece {piece}: rank {rank} ends with the values of {got}")
+            got = sorted(has.get((rank, expert, piece), []))
+            if not got or (reduces and got != sorted(adds_up[expert])):
+                raise ScheduleError(f"expert {expert} piece {piece}: rank {rank} ends with the values of ranks {got}")
 
 
 def _check_matched(ranks: Mapping[int, Sequence[Transfer]]) -> None:
-    pairs = {(t.src, t.dst) for transfers in ranks.values() for t in transfers}
-    for src, dst in sorted(pairs):
-        sends = [t for t in ranks.get(src, ()) if (t.src, t.dst) == (src, dst)]
-        receives = [t for t in ranks.get(dst, ()) if (t.src, t.dst) == (src, dst)]
-        if sends != receives:
-            raise ScheduleError(f"rank {src} sends {sends} to rank {dst}, which expects {receives}")
+    sends: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+    receives: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+    for rank, transfers in ranks.items():
+        for t in transfers:
+            if t.src == rank:
+                sends[t.src, t.dst].append(t)
+            if t.dst == rank:
+                receives[t.src, t.dst].append(t)
+    for src, dst in sorted(sends.keys() | receives.keys()):
+        if sends[src, dst] != receives[src, dst]:
+            raise ScheduleError(f"rank {src} sends {sends[src, dst]} to rank {dst}, which expects {receives[src, dst]}")
