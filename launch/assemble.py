@@ -6,6 +6,7 @@ Read :func:`train` from top to bottom: it is the order in which a run comes to b
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import time
@@ -63,6 +64,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         problems = config.check(topology.world_size)
         if problems:
             raise ConfigError(problems)
+        check_same_config(topology, config)
         check_same_checkpoint(topology, checkpoint)
         with topology.first_rank_goes_first():
             data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
@@ -201,6 +203,28 @@ def resumed_changes(config: TrainConfig, checkpoint: CheckpointInfo | None) -> l
         return []
     _, changed = structural_difference(stored_config(checkpoint), config)
     return [f"changed since the checkpoint: {line}" for line in changed if not line.startswith("model.vocab_size")]
+
+
+def check_same_config(topology: Topology, config: TrainConfig) -> None:
+    """Every rank read the options by itself; they must have come to the same.
+
+    Raises:
+        ConfigError: they have not; names the first option that differs, and where.
+    """
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    digests = topology.gather_objects(digest)
+    if len(set(digests)) == 1:
+        return
+    from launch.config_file import flatten
+
+    first, *others = (flatten(values) for values in topology.gather_objects(config.model_dump(mode="json")))
+    problems = [
+        f"{path}: {other.get(path)!r} on rank {rank}, {first.get(path)!r} on rank 0; all ranks need the same options"
+        for rank, other in enumerate(others, 1)
+        for path in sorted(first.keys() | other.keys())
+        if first.get(path) != other.get(path)
+    ]
+    raise ConfigError(problems)
 
 
 def check_same_checkpoint(topology: Topology, checkpoint: CheckpointInfo | None) -> None:

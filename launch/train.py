@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
         if not _lost_a_peer(error):
             raise
         time.sleep(GRACE_S)
-        _print_error(rank, f"lost the connection to another rank, whose own error says why ({_first_line(error)})")
+        if "Timed out waiting" in str(error):
+            _print_error(rank, f"another rank is late: {_first_line(error)}")
+        else:
+            _print_error(rank, f"lost the connection to another rank, whose own error says why ({_first_line(error)})")
         return 1
 
 

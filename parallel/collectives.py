@@ -88,7 +88,8 @@ class Communicator:
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world_size = topology.rank, topology.world_size
         self.sent_bytes: Counter[str] = Counter()
-        self._group = group or (dist.new_group(backend="gloo") if topology.world_size > 1 else None)
+        alone = topology.world_size == 1
+        self._group = group or (None if alone else dist.new_group(backend="gloo", timeout=topology.timeout))
         self._log: list[Handle] = []
         self._jobs: queue.SimpleQueue[tuple[Handle, Callable[[], None]] | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None

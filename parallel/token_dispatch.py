@@ -43,7 +43,7 @@ class RowExchange:
     def __init__(self, topology: Topology) -> None:
         self.rank, self.world_size = topology.rank, topology.world_size
         self.sent_bytes: Counter[str] = Counter()
-        self._group = dist.new_group() if topology.world_size > 1 else None
+        self._group = dist.new_group(timeout=topology.timeout) if topology.world_size > 1 else None
 
     def gather_counts(self, count_E: Tensor, label: str) -> Ints:
         """(W, E) counts of every rank from this rank's (E,) counts; runs whatever they are."""

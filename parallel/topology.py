@@ -32,6 +32,7 @@ class Topology:
         device_reason: why that device was chosen, for the start banner.
         checkpoint_group: a CPU group for background saves, so that their collectives never interleave with training's.
         patient_group: a CPU group that waits for days, for work that one rank does while the others wait.
+        timeout: how long a collective may wait for a late rank before it fails.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class Topology:
     device_reason: str
     checkpoint_group: dist.ProcessGroup | None
     patient_group: dist.ProcessGroup | None = None
+    timeout: timedelta = timedelta(seconds=600)
 
     @staticmethod
     def alone() -> Topology:
@@ -180,7 +182,9 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
         kinds = [device.type] * world_size
         dist.all_gather_object(kinds, device.type, group=checkpoint_group)
         check_one_kind_of_device(kinds)
-        yield Topology(rank, world_size, local_rank, local_world, device, reason, checkpoint_group, patient_group)
+        yield Topology(
+            rank, world_size, local_rank, local_world, device, reason, checkpoint_group, patient_group, timeout
+        )
     finally:
         # A rank that fails must not wait in the shutdown handshake for ranks that still compute.
         if dist.is_initialized():

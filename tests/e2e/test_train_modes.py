@@ -1,0 +1,103 @@
+"""Training with sharded experts as a user runs it: every mode, from one to the other, and when a rank falls out."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import free_port
+from tests.training_program import ROOT, environment, losses, only_run, options, run, start, wait_for_step
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+STEPS = ("train.steps=12", "train.global_batch=12", "train.micro_batch=1", "model.moe.num_experts=6")
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The curve of one process."""
+    work = tmp_path_factory.mktemp("plain")
+    result = run(1, *options(corpus, work, *STEPS))
+    assert result.returncode == 0, result.stderr
+    return losses(only_run(work))
+
+
+@pytest.mark.parametrize("mode", ["ep", "fsdp", "fssdp-keep", "fssdp-rm"])
+def test_a_whole_run_in_each_mode_has_the_curve_of_one_process(
+    corpus: Path, tmp_path: Path, plain: dict[int, float], mode: str
+) -> None:
+    """With evaluations and samples on the way, and a model exported at the end."""
+    more = ("eval.interval=4", "eval.final_sequences=7", "eval.sample_interval=5")
+    result = run(2, *options(corpus, tmp_path, *STEPS, *more, f"parallel.mode={mode}"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(only_run(tmp_path)) == pytest.approx(plain, rel=1e-5)
+    assert result.stdout.count("validation:") == 3
+    assert (only_run(tmp_path) / "model" / "model.safetensors").is_file()
+
+
+def test_pain_5_a_run_goes_on_in_another_mode_on_another_number_of_ranks(
+    corpus: Path, tmp_path: Path, plain: dict[int, float]
+) -> None:
+    """4 ranks fssdp-rm -> 2 ep -> 1 local -> 3 fssdp-keep, optimizer state and all (DeepSpeed 5716, 8147)."""
+    first = run(4, *options(corpus, tmp_path, *STEPS, "parallel.mode=fssdp-rm", "train.stop_after=3"))
+    assert first.returncode == 0, first.stderr
+    folder = only_run(tmp_path)
+    for ranks, mode, stop in ((2, "ep", "6"), (1, "local", "9"), (3, "fssdp-keep", "null")):
+        result = run(ranks, "--resume", str(folder), f"parallel.mode={mode}", f"train.stop_after={stop}")
+        assert result.returncode == 0, result.stderr
+    assert losses(folder) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ep", "fssdp-rm"])
+def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(corpus: Path, tmp_path: Path, mode: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    args = (*STEPS, f"parallel.mode={mode}", "parallel.overlap_degree=2")
+    assert run(2, *options(corpus, whole, *args)).returncode == 0
+    assert run(2, *options(corpus, parts, *args, "train.stop_after=7")).returncode == 0
+    assert run(2, "--resume", str(only_run(parts)), "train.stop_after=null").returncode == 0
+    assert losses(only_run(parts)) == losses(only_run(whole))
+
+
+def test_a_rank_that_hangs_is_named_after_the_time_out(corpus: Path, tmp_path: Path) -> None:
+    args = ("train.steps=100000", "parallel.mode=ep", "parallel.timeout_s=5", "model.num_layers=6")
+    process = start(2, *options(corpus, tmp_path, *args))
+    wait_for_step(process, tmp_path, 2)
+    workers = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(workers[1]), signal.SIGSTOP)
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert process.returncode not in (0, None)
+    assert re.search(r"rank 0: error: another rank is late: .*layer \d .*rank 1 did not (send its|take my)", output), (
+        output
+    )
+
+
+def test_ranks_with_other_options_are_told_which(corpus: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    processes = []
+    for rank, lr in ((0, "1e-3"), (1, "2e-3")):
+        env = {
+            **environment(),
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        args = [sys.executable, "launch/train.py", *options(corpus, tmp_path, *STEPS, f"optim.lr={lr}")]
+        processes.append(subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "optim.lr: 0.002 on rank 1, 0.001 on rank 0; all ranks need the same options" in errors[0]
+    assert not (tmp_path / "runs").exists()
