@@ -144,6 +144,23 @@ def test_chains_leave_each_rank_once_and_enter_each_node_once(case: Case, reduce
         assert all(times <= limit for times in leaves.values())
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases(max_world=24, max_experts=24, max_copies=120))
+def test_who_is_added_after_whom_does_not_depend_on_the_pieces(case: Case) -> None:
+    # So cutting a chunk otherwise, or another place in the chunk, changes no bit of a sum.
+    def order(schedule: Schedule) -> set[tuple[int, int, tuple[int, ...]]]:
+        added: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for t in schedule.transfers():
+            added[t.expert, t.dst, t.piece].append(t.src)
+        assert all(len(set(srcs)) == len(srcs) for srcs in added.values())
+        return {(expert, dst, tuple(srcs)) for (expert, dst, _), srcs in added.items()}
+
+    whole = reduce_schedule(case.wide, case.narrow, case.algorithm, 1, case.node_W)
+    assert order(case.schedule(reduces=True)) == order(whole)
+    if case.algorithm == "flat":
+        assert all(list(srcs) == sorted(srcs) for _, _, srcs in order(whole))
+
+
 # --- run on arrays ----------------------------------------------------------------------------------------------------
 
 Backend = Literal["eager", "rendezvous", "rounds"]
@@ -239,6 +256,20 @@ def test_no_interleaving_blocks_and_all_give_copies_and_sums(
     backend: Backend, case: Case, reduces: bool, seed: int
 ) -> None:
     assert not differs(case, case.by_rank(reduces), reduces, backend, seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(max_world=16, max_experts=16, max_copies=60))
+def test_gathering_in_two_steps_leaves_what_gathering_at_once_does(case: Case) -> None:
+    first = Case(case.narrow.sharding(), case.narrow, "tree", 2, case.node_W, case.seed)
+    once = Case(case.narrow.sharding(), case.wide, case.algorithm, 2, case.node_W, case.seed)
+    second = Case(case.narrow, case.wide, "two_level", 2, case.node_W, case.seed)
+    stepwise, at_once = starting_chunks(once, reduces=False), starting_chunks(once, reduces=False)
+    for step in (first, second):
+        run(step.by_rank(False), stepwise, False, "rounds", case.seed)
+    run(once.by_rank(False), at_once, False, "rounds", case.seed)
+    assert stepwise.keys() == at_once.keys()
+    assert all(np.array_equal(stepwise[key], at_once[key]) for key in at_once)
 
 
 @pytest.mark.parametrize("backend", ["eager", "rendezvous", "rounds"])
