@@ -352,6 +352,10 @@ def test_only_hops_between_nodes_wait_for_the_link_of_the_node(node_rate: int, c
     assert schedule_ns(schedule, 10**9 // 100, LinkModel(0, 10**9, node_rate), [0, 0, 1]) == cost * 10**6
     inside = gather_schedule(*one_expert(3), "chain", 1, [1, 1, 1])
     assert schedule_ns(inside, 10**9 // 100, LinkModel(0, 10**9, node_rate), [1, 1, 1]) == 20 * 10**6
+    # Over three nodes the second crossing waits for the first.
+    across = gather_schedule(*one_expert(3), "chain", 1, [0, 1, 2])
+    crossing_ns = max(10 * 10**6, 10**9 // 100 * 10**9 // node_rate)
+    assert schedule_ns(across, 10**9 // 100, LinkModel(0, 10**9, node_rate), [0, 1, 2]) == 2 * crossing_ns
 
 
 def _costs(
