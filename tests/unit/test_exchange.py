@@ -15,6 +15,7 @@ from parallel.exchange import (
     ALGORITHMS,
     MAX_PIECES,
     MIN_PIECE_BYTES,
+    SHARED_LINK_PERCENT,
     Algorithm,
     Edge,
     LinkModel,
@@ -366,7 +367,9 @@ def _costs(
         whole = gather_schedule(source, target, algorithm, 1, node_W)
         pieces = choose_pieces(chunk, link, whole.num_rounds)
         costs[algorithm] = schedule_ns(gather_schedule(source, target, algorithm, pieces, node_W), chunk, link, node_W)
-    assert choose_schedule(source, target, chunk, link, node_W).algorithm == min(costs, key=lambda a: costs[a])
+    # Shared links count for less than the model's, so the choice may cost that much more by the model.
+    chosen = choose_schedule(source, target, chunk, link, node_W).algorithm
+    assert costs[chosen] * SHARED_LINK_PERCENT <= min(costs.values()) * 100
     return costs
 
 
