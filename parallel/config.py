@@ -34,6 +34,12 @@ class ParallelConfig(BaseModel):
     predictor: Literal["mean", "ema", "last"] = Field("mean", description="what the next loads are predicted from")
     window: int = Field(5, ge=1, description="steps that the predictor looks back")
     reshard_interval: int = Field(0, ge=0, description="fssdp: steps between moves of owners; 0: owners stay")
+    link_mbit: float | None = Field(
+        None, gt=0, description="rate of each rank's link, each way; null measures it at the start"
+    )
+    node_link_mbit: float | None = Field(
+        None, gt=0, description="with link_mbit: rate of the link that the ranks of a node share; null: no such limit"
+    )
     split: SplitRule = Field("even", description="how rows are split over the holders of an expert")
     algorithm: Algorithm | Literal["auto"] = Field("auto", description="way of the copies; auto takes the fastest")
     bucket_mib: float = Field(4.0, gt=0, description="gradient bucket size; a full bucket is reduced during backward")

@@ -31,10 +31,12 @@ from moe.experts import Experts
 from moe.layer import MoELayer
 from parallel.collectives import Communicator
 from parallel.config import ParallelConfig
+from parallel.copy_policy import CopyPolicy
 from parallel.exchange import LinkModel, Schedule, choose_pieces, choose_schedule, gather_schedule
 from parallel.layer_copies import LayerCopies
+from parallel.link_profile import MESSAGE_NS, UNLIMITED, measure_link
 from parallel.placement import Ints, Placement, even_owners
-from parallel.row_split import RowSplit, split_rows
+from parallel.row_split import RowSplit, split_by_quota, split_rows
 from parallel.schedule import OverlapSchedule
 from parallel.sharded_experts import ShardedExperts
 from parallel.token_dispatch import RowExchange, TokenDispatcher
@@ -49,6 +51,9 @@ class ExpertEngine:
             device; owned experts are then allocated on ``topology.device`` and still have to be filled.
         compute_dtype: dtype of activations, in which copies travel; None: the parameters'.
         owner_LE: (L, E) owners; None: an even sharding.
+
+    Attributes:
+        planned: P' of each layer for the step, decided in :meth:`begin_step`; may be replaced until the first forward.
 
     Raises:
         ConfigError: the model has no MoE layer, or they have different numbers of experts.
@@ -77,11 +82,13 @@ class ExpertEngine:
         self.owner_LE = even_owners(len(named), self.num_experts, world) if owner_LE is None else owner_LE
         self.comm = Communicator(topology)
         self.exchange = RowExchange(topology)
-        self.link = LinkModel(latency_ns=200_000, bytes_per_s=10**9)
+        shape = (len(named), self.num_experts)
+        link = self._link()
+        self.policy = CopyPolicy(config, topology, self.node_W, shape, link)
         self.experts: list[ShardedExperts] = []
         self.layers: list[LayerCopies] = []
-        self._rows_L = [0] * len(named)
-        self._peak_copy_bytes = 0
+        self._quota_L: list[Ints | None] = [None] * len(named)
+        self._inference = False
         scheduler = lru_cache(maxsize=8 * len(named))(self._schedule)
         for index, (name, layer) in enumerate(named):
             sharding = Placement(self.owner_LE[index], world_size=world)
@@ -92,46 +99,69 @@ class ExpertEngine:
             copies = LayerCopies(f"layer {index}", sharded, sharding, self.comm, scheduler, dtype)
             self.experts.append(sharded)
             self.layers.append(copies)
-            self._connect(index, layer, sharded)
-        self.schedule = OverlapSchedule(self.layers, keep=config.mode in ("ep", "fssdp-keep"))
+            self._connect(index, layer, sharded, copies)
+        keep = config.mode in ("ep", "fssdp-keep")
+        self.schedule = OverlapSchedule(self.layers, keep=keep, hold=keep and not self.policy.decides_after_gate)
+        self.planned = [copies.sharding for copies in self.layers]
 
-    def _connect(self, index: int, layer: MoELayer, sharded: ShardedExperts) -> None:
+    def _connect(self, index: int, layer: MoELayer, sharded: ShardedExperts, copies: LayerCopies) -> None:
         """Tell the schedule of everything that happens in this layer."""
         sharded.on_needed = lambda: self.schedule.weights_needed(index)
+        sharded.on_gradients = copies.finish
         layer.dispatcher = TokenDispatcher(
             self.exchange,
             place=lambda count_WE: self._place(index, count_WE),
             label=f"layer {index}",
+            on_routed=lambda: self.schedule.tokens_routed(index),
             on_combined=lambda: self.schedule.outputs_home(index),
             on_arrived=lambda: self.schedule.weights_needed(index),
             on_returned=lambda: self.schedule.gradients_home(index),
         )
 
-    def _schedule(self, sharding: Placement, placement: Placement, chunk_bytes: int) -> Schedule:
-        if placement == sharding:
-            return Schedule(False, "flat", 1, {})
-        if self.config.algorithm == "auto":
-            return choose_schedule(sharding, placement, chunk_bytes, self.link, self.node_W)
-        pieces = choose_pieces(chunk_bytes, self.link, self.topology.world_size - 1)
-        return gather_schedule(sharding, placement, self.config.algorithm, pieces, self.node_W)
+    def _link(self) -> LinkModel:
+        """What the options say of the links, or a measurement; nothing where no copy travels."""
+        config = self.config
+        if config.mode == "ep":
+            return UNLIMITED
+        if config.link_mbit is None:
+            return measure_link(self.comm, self.topology, self.node_W)
+        node_rate = None if config.node_link_mbit is None else max(1, round(config.node_link_mbit * 125_000))
+        return LinkModel(MESSAGE_NS, max(1, round(config.link_mbit * 125_000)), node_rate)
+
+    def _schedule(self, source: Placement, target: Placement, chunk_bytes: int) -> Schedule:
+        """How copies travel from ``source`` to ``target``."""
+        if self.config.algorithm == "auto" or source == target:
+            return choose_schedule(source, target, chunk_bytes, self.policy.link, self.node_W)
+        depth = gather_schedule(source, target, self.config.algorithm, 1, self.node_W).num_rounds
+        pieces = choose_pieces(chunk_bytes, self.policy.link, depth)
+        return gather_schedule(source, target, self.config.algorithm, pieces, self.node_W)
 
     def _place(self, index: int, count_WE: Ints) -> tuple[RowSplit, list[int]]:
-        copies = self.layers[index]
-        split = split_rows(count_WE, copies.placement, self.topology.rank, self.node_W, self.config.split)
-        self._rows_L[index] += int(split.received_WE.sum())
-        return split, copies.placement.held_by(self.topology.rank)
+        """Where the rows of a layer go, and which experts compute here; may still add copies."""
+        copies, rank = self.layers[index], self.topology.rank
+        if self.policy.decides_after_gate and not self._inference and not self.schedule.in_backward:
+            placement, self._quota_L[index] = self.policy.after_gate(index, copies.placement, count_WE)
+            copies.extend(placement)
+        quota_EW = None if self._inference else self._quota_L[index]
+        if quota_EW is None:
+            split = split_rows(count_WE, copies.placement, rank, self.node_W, self.config.split)
+        else:
+            split = split_by_quota(count_WE, quota_EW, rank, self.node_W)
+        return split, copies.placement.held_by(rank)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Gradients of owned experts are zero; the step's placements are decided."""
-        for copies in self.layers:
-            copies.experts.zero_grad_chunks()
-            if self.config.mode == "fsdp":
-                copies.plan(copies.sharding.everywhere())
+        """Gradients of owned experts are zero; placements are decided, as far as they do not wait for the gate."""
+        for experts in self.experts:
+            experts.zero_grad_chunks()
+            experts.compute_ns = experts.computed_rows = 0
+        self.planned = self.policy.before_step([copies.sharding for copies in self.layers])
 
     def forward_begins(self, last_micro_batch: bool = True) -> None:
         """Announce a forward pass with gradients; ``last_micro_batch`` of this step or not."""
+        for copies, placement in zip(self.layers, self.planned, strict=True):
+            copies.plan(placement)
         self.schedule.forward_begins(last_micro_batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -145,19 +175,21 @@ class ExpertEngine:
         self.schedule.step_ends()
 
     def end_step(self, load_LE: Ints) -> None:
-        """Take notice of the step's global loads."""
+        """Take notice of the step's global loads, (L, E) rows per expert."""
+        rows = sum(experts.computed_rows for experts in self.experts)
+        ns_per_row = sum(experts.compute_ns for experts in self.experts) // max(1, rows)
+        self.policy.after_step(load_LE, self.layers[0].chunk_bytes, list(self.schedule.free_ns_L), ns_per_row)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Forward passes without gradients: experts compute on their owners."""
-        before = [copies.placement for copies in self.layers]
         for copies in self.layers:
             copies.plan(copies.sharding)
+        self._inference = True
         try:
             yield
         finally:
-            for copies, placement in zip(self.layers, before, strict=True):
-                copies.plan(placement)
+            self._inference = False
 
     # --- gradients ------------------------------------------------------------------------------------------------
 

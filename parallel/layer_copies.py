@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from parallel.collectives import Communicator, Handle
 from parallel.exchange import Schedule
@@ -12,7 +13,7 @@ from parallel.placement import Placement
 from parallel.sharded_experts import ShardedExperts
 
 Scheduler = Callable[[Placement, Placement, int], Schedule]
-"""(sharding, placement, bytes of a chunk) -> the spAG schedule; a pure function, the same on every rank."""
+"""(source, target, bytes of a chunk) -> the spAG schedule; a pure function, the same on every rank."""
 
 
 class LayerCopies:
@@ -42,21 +43,39 @@ class LayerCopies:
     def sharding(self) -> Placement:
         return self._sharding
 
+    @property
+    def chunk_bytes(self) -> int:
+        """What one copy is on the way."""
+        return self.experts.chunk_numel * self._dtype.itemsize
+
     def plan(self, placement: Placement) -> None:
         """Hold what ``placement`` says from the next :meth:`gather` on."""
         if placement != self.placement:
             self._here = False
             self.placement = placement
 
+    def extend(self, placement: Placement) -> None:
+        """Hold what ``placement`` says from now on: copies that are here stay, the others begin to come."""
+        if placement == self.placement:
+            return
+        self.wait()
+        rank, source = self._comm.rank, self.placement
+        here = self.experts.copies()
+        self.placement = placement
+        chunks = self.experts.make_room(placement.copied_to(rank), self._dtype)
+        for expert, copy in here.items():
+            chunks[expert].copy_(copy)
+        self._send(source, chunks)
+
     def gather(self) -> None:
         """Begin to copy what the placement asks for, unless that has begun already."""
         if self._here:
             return
         self._here = True
-        rank = self._comm.rank
-        chunks = self.experts.make_room(self.placement.copied_to(rank), self._dtype)
-        chunk_bytes = self.experts.chunk_numel * self._dtype.itemsize
-        schedule = self._scheduler(self._sharding, self.placement, chunk_bytes)
+        self._send(self._sharding, self.experts.make_room(self.placement.copied_to(self._comm.rank), self._dtype))
+
+    def _send(self, source: Placement, chunks: dict[int, Tensor]) -> None:
+        schedule = self._scheduler(source, self.placement, self.chunk_bytes)
         self._gathering = self._comm.gather(schedule, chunks, f"spAG {self.label}")
 
     def wait(self) -> None:

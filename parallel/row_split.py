@@ -44,7 +44,7 @@ def split_rows(count_WE: Ints, placement: Placement, rank: int, node_W: Sequence
         node_W: (W,) node of each rank.
     """
     if rule == "balanced":
-        return _split_balanced(count_WE, placement, rank, np.asarray(node_W))
+        return split_by_quota(count_WE, quotas(count_WE.sum(0), placement), rank, node_W)
     return _split_even(count_WE, placement, rank, np.asarray(node_W))
 
 
@@ -140,16 +140,17 @@ def fill_up(level_M: Ints, rows: int) -> Ints:
     return added
 
 
-def _split_balanced(count_WE: Ints, placement: Placement, rank: int, node_W: Ints) -> RowSplit:
-    quota_EW = quotas(count_WE.sum(0), placement)
+def split_by_quota(count_WE: Ints, quota_EW: Ints, rank: int, node_W: Sequence[int]) -> RowSplit:
+    """How the rows go, as ``rank`` sees it, where each rank computes ``quota_EW`` (E, W) rows of each expert."""
+    nodes = np.asarray(node_W)
     sent_WE, received_WE = np.zeros_like(count_WE), np.zeros_like(count_WE)
-    single_E = placement.copies_E == 0
-    experts = np.arange(placement.num_experts)
-    sent_WE[placement.owner_E[single_E], experts[single_E]] = count_WE[rank, single_E]
-    mine_E = single_E & (placement.owner_E == rank)
+    single_E = (quota_EW > 0).sum(1) == 1
+    experts, only_E = np.arange(quota_EW.shape[0]), quota_EW.argmax(1)
+    sent_WE[only_E[single_E], experts[single_E]] = count_WE[rank, single_E]
+    mine_E = single_E & (only_E == rank)
     received_WE[:, mine_E] = count_WE[:, mine_E]
-    for expert in np.flatnonzero(~single_E):
-        rows_WW = _transport(count_WE[:, expert], quota_EW[expert], node_W)
+    for expert in np.flatnonzero(~single_E & quota_EW.any(1)):
+        rows_WW = _transport(count_WE[:, expert], quota_EW[expert], nodes)
         sent_WE[:, expert] = rows_WW[rank]
         received_WE[:, expert] = rows_WW[:, rank]
     return RowSplit(sent_WE, received_WE)

@@ -15,6 +15,7 @@ The engine calls the events below in the order in which a step reaches them; eac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from parallel.layer_copies import LayerCopies
@@ -23,23 +24,36 @@ from parallel.layer_copies import LayerCopies
 class OverlapSchedule:
     """Decides what each event of a step begins, waits for and frees.
 
+    Attributes:
+        in_backward: between :meth:`backward_begins` and :meth:`backward_ends`; forward passes then are recomputed ones.
+        free_ns_L: (L,) how long the link was free before the tokens of each layer, in the last forward pass.
+
     Args:
         layers: in the order of forward.
-        keep: copies stay from forward to backward, and over the micro-batches of a step; else ``rm``.
+        keep: copies stay from forward to backward; else ``rm``.
+        hold: copies and their gradients stay over the micro-batches of a step; needs ``keep``.
     """
 
-    def __init__(self, layers: Sequence[LayerCopies], keep: bool) -> None:
-        self.layers, self.keep = layers, keep
+    def __init__(self, layers: Sequence[LayerCopies], *, keep: bool, hold: bool) -> None:
+        self.layers, self.keep, self.hold = layers, keep, hold
+        self.free_ns_L = [0] * len(layers)
+        self._free_since_ns = 0
         self._last_micro_batch = True
-        self._in_backward = False
+        self.in_backward = False
         self._unreduced: set[int] = set()
 
     # --- forward --------------------------------------------------------------------------------------------------
 
     def forward_begins(self, last_micro_batch: bool) -> None:
         """A micro-batch begins: the first layer's copies travel under the embedding and the first attention."""
-        self._last_micro_batch, self._in_backward = last_micro_batch, False
+        self._last_micro_batch, self.in_backward = last_micro_batch, False
+        self._free_since_ns = time.perf_counter_ns()
         self.layers[0].gather()
+
+    def tokens_routed(self, layer: int) -> None:
+        """The gate has spoken: tokens need the link now."""
+        if not self.in_backward:
+            self.free_ns_L[layer] = time.perf_counter_ns() - self._free_since_ns
 
     def weights_needed(self, layer: int) -> None:
         """Tokens are here, experts are about to compute: what has not arrived by now is exposed."""
@@ -47,8 +61,9 @@ class OverlapSchedule:
 
     def outputs_home(self, layer: int) -> None:
         """The layer's part of forward is over: the link is free for the next layer's copies."""
-        if self._in_backward:
+        if self.in_backward:
             return  # a recomputed forward; backward has its own events
+        self._free_since_ns = time.perf_counter_ns()
         if layer + 1 < len(self.layers):
             if not self.keep:
                 self.layers[layer].release()
@@ -59,12 +74,12 @@ class OverlapSchedule:
 
     def backward_begins(self) -> None:
         """The loss is known."""
-        self._in_backward = True
+        self.in_backward = True
         self._unreduced = set(range(len(self.layers)))
 
     def gradients_home(self, layer: int) -> None:
         """The layer's part of backward is over: copies for the layer below come first, they are needed sooner."""
-        if self._last_micro_batch or not self.keep:
+        if self._last_micro_batch or not self.hold:
             self.layers[layer].release()
         if not self.keep and layer > 0:
             self.layers[layer - 1].gather()
@@ -74,7 +89,7 @@ class OverlapSchedule:
         """Whatever no gradient reached takes part all the same: every rank begins the same collectives."""
         for layer in sorted(self._unreduced, reverse=True):
             self.gradients_home(layer)
-        self._in_backward = False
+        self.in_backward = False
 
     def step_ends(self) -> None:
         """All gradients of owned experts are complete when this returns."""
@@ -83,6 +98,6 @@ class OverlapSchedule:
 
     def _reduce(self, layer: int) -> None:
         self._unreduced.discard(layer)
-        # Kept copies collect gradients over all micro-batches; others have to give them up before they are freed.
-        if self._last_micro_batch or not self.keep:
+        # Held copies collect gradients over all micro-batches.
+        if self._last_micro_batch or not self.hold:
             self.layers[layer].reduce()

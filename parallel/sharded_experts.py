@@ -8,6 +8,7 @@ Shape suffixes: e experts here, X numbers of one expert's chunk, N rows sorted b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -64,6 +65,8 @@ class ShardedExperts(ExpertBank):
         owned: which they are.
         copied: the experts that there are copies of at the moment, in the order of rows.
         on_needed: called before the weights are used; makes sure that they are here.
+        on_gradients: called before gradients are added; makes sure that nobody else is adding to them.
+        compute_ns, computed_rows: what forward passes took and what they computed, for a profile.
     """
 
     def __init__(self, experts: Experts, owned: Sequence[int], device: torch.device | None = None) -> None:
@@ -73,6 +76,8 @@ class ShardedExperts(ExpertBank):
         self.owned: list[int] = list(owned)
         self.copied: list[int] = []
         self.on_needed: Callable[[], None] = lambda: None
+        self.on_gradients: Callable[[], None] = lambda: None
+        self.compute_ns = self.computed_rows = 0
         self._experts = (experts,)  # in a tuple: no submodule, or its parameters would be this module's
         source = experts.w_gate_EDF
         size = self.layout[-1].end
@@ -123,7 +128,11 @@ class ShardedExperts(ExpertBank):
                 self._copies_eX.data.fill_(float("nan"))
         chunks = dict(zip(self.owned, self.owned_chunks(dtype), strict=True))
         # .data has a version counter of its own: autograd must not take the arrival of a copy for a change in place.
-        return chunks | dict(zip(self.copied, self._copies_eX.data, strict=True))
+        return chunks | self.copies()
+
+    def copies(self) -> dict[int, Tensor]:
+        """By expert: the (X,) chunk of each copy that is here."""
+        return dict(zip(self.copied, self._copies_eX.data, strict=True))
 
     def release(self) -> None:
         """Give back the memory of the copies. Views that autograd keeps are valid again after :meth:`make_room`."""
@@ -164,6 +173,7 @@ class ShardedExperts(ExpertBank):
         return grads | dict(zip(self.copied, copies, strict=True))
 
     def _add_grads(self, grads: Sequence[Tensor | None]) -> None:
+        self.on_gradients()
         assert self.chunks_eX.grad is not None
         own, copied = grads[: len(self.layout)], grads[len(self.layout) :]
         for part, grad in zip(self.layout, own, strict=True):
@@ -183,6 +193,7 @@ class ShardedExperts(ExpertBank):
         self.on_needed()
         if load_e.shape != (len(self.held),):
             raise ValueError(f"load_e has shape {tuple(load_e.shape)}, {len(self.held)} experts are here")
+        begin_ns = time.perf_counter_ns()
         weights = _weights(self.chunks_eX, self, rows_ND.dtype)
         op = self.op_choice(rows_ND.dtype, rows_ND.device)[0]
         split, parts = len(self.owned), len(self.layout)
@@ -192,6 +203,8 @@ class ShardedExperts(ExpertBank):
             outputs.append(swiglu_experts(rows_ND[:rows], weights[:parts], load_e[:split], op))
         if self.copied:
             outputs.append(swiglu_experts(rows_ND[rows:], weights[parts:], load_e[split:], op))
+        self.compute_ns += time.perf_counter_ns() - begin_ns
+        self.computed_rows += rows_ND.shape[0]
         if not outputs:
             return rows_ND.clone()  # no expert here; the rows are none, but the graph must go through
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

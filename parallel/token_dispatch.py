@@ -131,6 +131,7 @@ class TokenDispatcher:
         place: called with the (W, E) counts of all ranks at each dispatch; says how rows go and which experts compute
             here, in the order of their rows.
         label: the layer's name in error texts.
+        on_routed: called at each dispatch, before anything is sent.
         on_combined: called in forward when the outputs are home.
         on_arrived, on_returned: see :class:`Route`.
     """
@@ -140,12 +141,14 @@ class TokenDispatcher:
         exchange: RowExchange,
         place: Callable[[Ints], tuple[RowSplit, list[int]]],
         label: str,
+        on_routed: Callable[[], None],
         on_combined: Callable[[], None],
         on_arrived: Callable[[], None],
         on_returned: Callable[[], None],
     ) -> None:
         self.exchange, self.place, self.label = exchange, place, label
-        self.on_combined, self.on_arrived, self.on_returned = on_combined, on_arrived, on_returned
+        self.on_routed, self.on_combined = on_routed, on_combined
+        self.on_arrived, self.on_returned = on_arrived, on_returned
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> Dispatched:
         """See :meth:`moe.dispatch.Dispatcher.dispatch`; local experts are those that ``place`` names.
@@ -157,6 +160,7 @@ class TokenDispatcher:
         if x_TD.dim() != 2 or x_TD.shape[0] != plan.num_tokens:
             raise ValueError(f"plan routes {plan.num_tokens} tokens, x_TD has shape {tuple(x_TD.shape)}")
         device = x_TD.device
+        self.on_routed()
         count_WE = self.exchange.gather_counts(plan.load_E, f"{self.label} counts")
         split, held = self.place(count_WE)
         # By expert, and the rows of one expert in the order of the ranks that they go to: that is the split.

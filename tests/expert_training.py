@@ -79,7 +79,7 @@ def train(topology: Topology, case: Case) -> Trained:
     model, world = build(case), topology.world_size
     engine = None
     if case.mode is not None:
-        engine = ExpertEngine(model, topology, ParallelConfig(mode=case.mode, **case.options))
+        engine = ExpertEngine(model, topology, ParallelConfig(mode=case.mode, **{"link_mbit": 1000, **case.options}))
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     sharded = set(engine.parameters()) if engine else set()
     reducer = GradientReducer([p for p in model.parameters() if p not in sharded], topology, 1 << 20)
@@ -91,9 +91,9 @@ def train(topology: Topology, case: Case) -> Trained:
         if engine:
             engine.begin_step()
             if case.copies_seed is not None and case.mode in ("fssdp-keep", "fssdp-rm"):
-                for copies in engine.layers:
+                for index, copies in enumerate(engine.layers):
                     more = rng.random((case.num_experts, world)) < 0.5
-                    copies.plan(Placement(copies.sharding.owner_E, copies.sharding.holders_EW | more))
+                    engine.planned[index] = Placement(copies.sharding.owner_E, copies.sharding.holders_EW | more)
         ids = batch(step)[topology.rank * rows : (topology.rank + 1) * rows]
         nats_sum = torch.zeros((), dtype=torch.float64)
         load_LE = torch.zeros(3, case.num_experts, dtype=torch.int64)

@@ -119,3 +119,31 @@ def test_pain_1_and_2_ranks_and_experts_without_tokens() -> None:
     by_rank = run_distributed(train_all, 4, [Case(mode, 3, skew=100.0) for mode in MODES])
     for index in range(len(MODES)):
         agree([results[index] for results in by_rank], reference, 1e-9)
+
+
+PLANNED = (
+    {"overlap_degree": 2},
+    {"overlap_degree": 3, "max_copies": 1, "split": "balanced"},
+    {"overlap_degree": 3, "planner": "calibrate", "max_copies": 2},
+    {"planner": "spill"},
+    {"overlap_degree": 2, "algorithm": "tree", "predictor": "ema"},
+)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_planner_equals_one_process(world: int) -> None:
+    """Also where ranks outnumber experts; the engine decides placements from the loads that it sees."""
+    reference = run_single(train, Case(None, num_experts=3, steps=6))
+    cases = [
+        Case(mode, micro, num_experts=3, steps=6, copies_seed=None, options=options)
+        for options in PLANNED
+        for mode in ("fssdp-keep", "fssdp-rm")
+        for micro in (12, 2)
+    ]
+    by_rank = run_distributed(train_all, world, cases)
+    moved = {"spAG": 0, "tokens": 0}
+    for index in range(len(cases)):
+        results = [results[index] for results in by_rank]
+        agree(results, reference, 1e-10)
+        moved = {kind: moved[kind] + sum(result.bytes[kind] for result in results) for kind in moved}
+    assert min(moved.values()) > 0, moved
