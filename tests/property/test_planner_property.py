@@ -145,7 +145,8 @@ def test_more_copies_are_made_exactly_where_they_pay(
         current, load_E, overlap_degree, max_copies, node_W, ns_per_row=ns_per_row, ns_per_copy=ns_per_copy
     )
     wished = plan_copies(current, load_E, overlap_degree, max_copies, node_W)
-    gain = ns_per_row * (rows_per_rank(load_E, current).max() - rows_per_rank(load_E, wished).max())
+    before, after = (rows_per_rank(load_E, placement, 2).max() for placement in (current, wished))
+    gain = ns_per_row * (before - after)
     cost = ns_per_copy * (wished.copies_W - current.copies_W).max()
     assert more == (wished if gain > cost else current)
 
