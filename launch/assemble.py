@@ -69,7 +69,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         with topology.first_rank_goes_first():
             data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
         config = with_vocabulary(config, data.tokenizer, checkpoint)
-        model, experts = build_model(config, topology)
+        model, experts = build_model(config, topology, checkpoint)
         parallel = ParallelModel(model, topology, config.parallel, experts)
         held.callback(parallel.close)
         optimizer = build_optimizer(model, config.optim)
@@ -283,7 +283,9 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Check
     return config.model_copy(update={"model": model})
 
 
-def build_model(config: TrainConfig, topology: Topology) -> tuple[Transformer, ExpertEngine | None]:
+def build_model(
+    config: TrainConfig, topology: Topology, checkpoint: CheckpointInfo | None
+) -> tuple[Transformer, ExpertEngine | None]:
     """The model with initial weights on this rank's device, and the engine that its experts are spread by, if any.
 
     Weights are the same however they are spread, because each tensor is seeded by its name.
@@ -302,7 +304,10 @@ def build_model(config: TrainConfig, topology: Topology) -> tuple[Transformer, E
                 ]
             )
     compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
-    experts = ExpertEngine(model, topology, config.parallel, compute_dtype=compute_dtype) if sharded else None
+    experts = None
+    if sharded:
+        state = checkpoint.values.get("parallel") if checkpoint else None
+        experts = ExpertEngine(model, topology, config.parallel, compute_dtype=compute_dtype, state=state)
     model.init_weights(config.run.seed)
     dtype = torch.float64 if config.train.compute_dtype == "fp64" else torch.float32
     return model.to(topology.device, dtype), experts

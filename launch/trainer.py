@@ -159,7 +159,7 @@ class Trainer:
             self.optimizer.step()
             for row_index, (_, gate) in enumerate(self.model.gates()):
                 gate.end_step(stats.offered_LE[row_index], stats.gate_metrics(row_index))
-            self.parallel.end_step(stats.load_LE)
+            self.parallel.end_step(stats.load_LE, self.optimizer)
         return stats
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor, bool]]:
@@ -342,6 +342,7 @@ class Trainer:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.model.config.vocab_size,
             "data_fingerprint": self.sampler.fingerprint,
+            "parallel": self.parallel.state(),
             "config": self.config.model_dump(mode="json"),
         }
 

@@ -7,7 +7,8 @@ uninterrupted one, because the state is part of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from parallel.exchange import LinkModel
 from parallel.load_predictor import build_predictor
 from parallel.placement import Ints, Placement
 from parallel.planner import plan_copies, plan_more_copies, plan_spill
+from parallel.sharder import plan_owners
 from parallel.topology import Topology
 
 PROFILED_STEPS = 3
@@ -27,14 +29,15 @@ class CopyPolicy:
     """Decides placements for all layers of a model.
 
     Attributes:
-        link: what the links do; also decides how copies travel.
+        link: what the links do; also decides how copies travel. None until it is measured or loaded.
         overlap_degree_L: (L,) experts per layer whose copies hide under the attention before it.
     """
 
     def __init__(
-        self, config: ParallelConfig, topology: Topology, node_W: Sequence[int], shape: tuple[int, int], link: LinkModel
+        self, config: ParallelConfig, topology: Topology, node_W: Sequence[int], shape: tuple[int, int]
     ) -> None:
-        self.config, self.link = config, link
+        self.config = config
+        self.link: LinkModel | None = None
         self._topology, self._node_W, self._shape = topology, node_W, shape
         layers, experts = shape
         self._predictor = build_predictor(config.predictor, config.window, layers, experts)
@@ -119,8 +122,14 @@ class CopyPolicy:
         self._ns_per_row, self._ns_per_copy = 3 * int(median(row for _, row in everyone)), 2 * copy_ns
         self._profiled, self._profile = True, []
 
+    def owners(self, owner_LE: Ints, slots_W: Ints) -> Ints:
+        """(L, E) owners for the loads expected now, each rank owning ``slots_W`` (W,) experts in all."""
+        degree = min(self.overlap_degree_L)
+        return plan_owners(self._predictor.predict(), owner_LE, degree, slots_W, self._node_W)
+
     @property
     def _rate(self) -> int:
+        assert self.link is not None
         return min(self.link.bytes_per_s, self.link.node_bytes_per_s or self.link.bytes_per_s)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -129,7 +138,7 @@ class CopyPolicy:
         """What a checkpoint must keep, in types that JSON has."""
         return {
             "predictor": self._predictor.state(),
-            "link": asdict(self.link),
+            "link": None if self.link is None else asdict(self.link),
             "overlap_degree_L": self.overlap_degree_L,
             "ns_per_row": self._ns_per_row,
             "ns_per_copy": self._ns_per_copy,
@@ -137,16 +146,18 @@ class CopyPolicy:
             "profiled": self._profiled,
         }
 
-    def load_state(self, state: dict[str, Any], *, same_machines: bool) -> None:
-        """Go on from a saved state: loads in any case, times only if they were measured by as many ranks.
+    def load_state(self, state: Mapping[str, Any], *, same_ranks: bool) -> None:
+        """Go on from a saved state: its loads if they are predicted alike, its times if as many ranks took them.
 
-        Raises:
-            ValueError: the predictor's state does not fit.
+        Args:
+            same_ranks: as many ranks as when it was saved.
         """
-        self._predictor.load_state(state["predictor"])
-        if not same_machines:
+        with suppress(ValueError):  # another predictor now: it begins anew
+            self._predictor.load_state(state["predictor"])
+        if not same_ranks:
             return
-        self.link = LinkModel(**state["link"])
+        if state["link"] is not None and self.config.link_mbit is None:
+            self.link = LinkModel(**state["link"])
         if self._needs_profile:
             self._profile = [(list(free), row) for free, row in state["profile"]]
             self._profiled = state["profiled"]

@@ -19,10 +19,12 @@ what is computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +37,12 @@ from parallel.copy_policy import CopyPolicy
 from parallel.exchange import LinkModel, Schedule, choose_pieces, choose_schedule, gather_schedule
 from parallel.layer_copies import LayerCopies
 from parallel.link_profile import MESSAGE_NS, UNLIMITED, measure_link
+from parallel.migration import move_experts
 from parallel.placement import Ints, Placement, even_owners
 from parallel.row_split import RowSplit, split_by_quota, split_rows
 from parallel.schedule import OverlapSchedule
 from parallel.sharded_experts import ShardedExperts
+from parallel.sharder import moves
 from parallel.token_dispatch import RowExchange, TokenDispatcher
 from parallel.topology import Topology
 
@@ -50,7 +54,7 @@ class ExpertEngine:
         model: its MoE layers get sharded experts and a distributed dispatcher, in place. Weights may be on the meta
             device; owned experts are then allocated on ``topology.device`` and still have to be filled.
         compute_dtype: dtype of activations, in which copies travel; None: the parameters'.
-        owner_LE: (L, E) owners; None: an even sharding.
+        state: of a run that goes on, from :meth:`state`; owners and measured times are taken over if as many ranks do.
 
     Attributes:
         planned: P' of each layer for the step, decided in :meth:`begin_step`; may be replaced until the first forward.
@@ -66,7 +70,7 @@ class ExpertEngine:
         config: ParallelConfig,
         *,
         compute_dtype: torch.dtype | None = None,
-        owner_LE: Ints | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.topology, self.config = topology, config
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
@@ -79,12 +83,21 @@ class ExpertEngine:
         self.num_experts = counts.pop()
         world = topology.world_size
         self.node_W = [rank // topology.local_world_size for rank in range(world)]
-        self.owner_LE = even_owners(len(named), self.num_experts, world) if owner_LE is None else owner_LE
+        shape = (len(named), self.num_experts)
+        same_ranks = state is not None and state["world_size"] == world
+        self.owner_LE = even_owners(*shape, world)
+        if state is not None and same_ranks:
+            self.owner_LE = np.array(state["owner_LE"])
+        self._slots_W = np.bincount(self.owner_LE.flatten(), minlength=world)
+        self._steps = 0
         self.comm = Communicator(topology)
         self.exchange = RowExchange(topology)
-        shape = (len(named), self.num_experts)
-        link = self._link()
-        self.policy = CopyPolicy(config, topology, self.node_W, shape, link)
+        self.policy = CopyPolicy(config, topology, self.node_W, shape)
+        if state is not None:
+            self._steps = int(state["steps"])
+            self.policy.load_state(state["policy"], same_ranks=same_ranks)
+        if self.policy.link is None:
+            self.policy.link = self._link()
         self.experts: list[ShardedExperts] = []
         self.layers: list[LayerCopies] = []
         self._quota_L: list[Ints | None] = [None] * len(named)
@@ -130,6 +143,7 @@ class ExpertEngine:
 
     def _schedule(self, source: Placement, target: Placement, chunk_bytes: int) -> Schedule:
         """How copies travel from ``source`` to ``target``."""
+        assert self.policy.link is not None
         if self.config.algorithm == "auto" or source == target:
             return choose_schedule(source, target, chunk_bytes, self.policy.link, self.node_W)
         depth = gather_schedule(source, target, self.config.algorithm, 1, self.node_W).num_rounds
@@ -174,11 +188,39 @@ class ExpertEngine:
         """Wait until the gradients of owned experts are complete."""
         self.schedule.step_ends()
 
-    def end_step(self, load_LE: Ints) -> None:
-        """Take notice of the step's global loads, (L, E) rows per expert."""
+    def end_step(self, load_LE: Ints, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped: take notice of the global loads and move experts to new owners if that is due.
+
+        Args:
+            load_LE: (L, E) rows of each expert over all ranks.
+        """
         rows = sum(experts.computed_rows for experts in self.experts)
         ns_per_row = sum(experts.compute_ns for experts in self.experts) // max(1, rows)
         self.policy.after_step(load_LE, self.layers[0].chunk_bytes, list(self.schedule.free_ns_L), ns_per_row)
+        self._steps += 1
+        interval = self.config.reshard_interval
+        if interval and self._steps % interval == 0:
+            self.reshard(self.policy.owners(self.owner_LE, self._slots_W), optimizer)
+
+    def reshard(self, owner_LE: Ints, optimizer: torch.optim.Optimizer) -> int:
+        """Give experts to new owners, with their optimizer state; between two steps.
+
+        Args:
+            owner_LE: (L, E) the same on every rank.
+
+        Returns:
+            How many experts moved.
+        """
+        moved = moves(self.owner_LE, owner_LE)
+        for index, (experts, copies) in enumerate(zip(self.experts, self.layers, strict=True)):
+            sharding = Placement(owner_LE[index], world_size=self.topology.world_size)
+            of_layer = [move for move in moved if move.layer == index]
+            if of_layer:
+                owned = sharding.owned_by(self.topology.rank)
+                move_experts(experts, owned, of_layer, optimizer, self.exchange, copies.label)
+                copies.reshard(sharding)
+        self.owner_LE = owner_LE
+        return len(moved)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -216,6 +258,15 @@ class ExpertEngine:
     def sent_bytes(self) -> Counter[str]:
         """Payload bytes that this rank has sent so far, by kind: spAG, spRS, tokens, counts."""
         return self.comm.sent_bytes + self.exchange.sent_bytes
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep so that a resumed run places experts as the uninterrupted one; JSON-able."""
+        return {
+            "world_size": self.topology.world_size,
+            "owner_LE": self.owner_LE.tolist(),
+            "steps": self._steps,
+            "policy": self.policy.state(),
+        }
 
     def close(self) -> None:
         """End the communicator's thread."""

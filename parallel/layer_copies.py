@@ -43,6 +43,11 @@ class LayerCopies:
     def sharding(self) -> Placement:
         return self._sharding
 
+    def reshard(self, sharding: Placement) -> None:
+        """Other owners from now on, and no copies; the experts themselves have moved."""
+        self._sharding = self.placement = sharding
+        self._here = False
+
     @property
     def chunk_bytes(self) -> int:
         """What one copy is on the way."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,15 @@ class ParallelModel:
         if self.experts and max_norm > 0 and float(norm) > max_norm:
             self.experts.scale_grads_(max_norm / float(norm))
 
-    def end_step(self, load_LE: Tensor) -> None:
-        """The optimizer has stepped; ``load_LE`` are the step's global loads."""
+    def end_step(self, load_LE: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped; ``load_LE`` are the step's global loads. Owners of experts may change."""
         if self.experts:
             loads: Ints = load_LE.cpu().numpy()
-            self.experts.end_step(loads)
+            self.experts.end_step(loads, optimizer)
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint must keep besides tensors; None where that is nothing."""
+        return self.experts.state() if self.experts else None
 
     def close(self) -> None:
         """End background threads."""

@@ -140,7 +140,7 @@ class ShardedExperts(ExpertBank):
 
     def forget(self) -> None:
         """No copies any more, and nothing that may refer to them."""
-        self.copied = []
+        self.copied, self._cast = [], None
         self._copies_eX = self.chunks_eX.new_empty(0, self.chunk_numel)
 
     @property

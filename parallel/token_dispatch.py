@@ -50,7 +50,8 @@ class RowExchange:
         mine = count_E.to("cpu", torch.int64).contiguous()
         count_WE = torch.empty(self.world_size, mine.numel(), dtype=torch.int64)
         count_WE[self.rank] = mine
-        self._swap(dict.fromkeys(self._others(), mine), {r: count_WE[r] for r in self._others()}, "counts", label)
+        others = self._others()
+        self.swap([(r, mine) for r in others], [(r, count_WE[r]) for r in others], "counts", label)
         gathered: Ints = count_WE.numpy()
         return gathered
 
@@ -62,12 +63,11 @@ class RowExchange:
             received_W: rows that come from each rank, which both sides have worked out alike.
         """
         came_ND = rows_ND.new_empty(sum(received_W), rows_ND.shape[1])
-        outgoing = dict(enumerate(rows_ND.split(list(sent_W))))
-        incoming = dict(enumerate(came_ND.split(list(received_W))))
+        outgoing, incoming = rows_ND.split(list(sent_W)), came_ND.split(list(received_W))
         incoming[self.rank].copy_(outgoing[self.rank])
-        self._swap(
-            {r: outgoing[r] for r in self._others() if sent_W[r]},
-            {r: incoming[r] for r in self._others() if received_W[r]},
+        self.swap(
+            [(r, outgoing[r]) for r in self._others() if sent_W[r]],
+            [(r, incoming[r]) for r in self._others() if received_W[r]],
             "tokens",
             label,
         )
@@ -77,12 +77,21 @@ class RowExchange:
         """The other ranks, each rank beginning with its neighbour, so that not all begin with the same one."""
         return [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
 
-    def _swap(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], kind: str, label: str) -> None:
-        receives = {r: dist.irecv(part, group=self._group, group_src=r) for r, part in incoming.items()}
-        sends = {r: dist.isend(part, group=self._group, group_dst=r) for r, part in outgoing.items()}
-        self.sent_bytes[kind] += sum(part.nbytes for part in outgoing.values())
+    def swap(
+        self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]], kind: str, label: str
+    ) -> None:
+        """Send and receive tensors, each with the rank at its other end.
+
+        Between two ranks, the sender's order must be the receiver's.
+
+        Raises:
+            CommunicationError: a rank did not do its part; names it.
+        """
+        receives = [(r, dist.irecv(part, group=self._group, group_src=r)) for r, part in incoming]
+        sends = [(r, dist.isend(part, group=self._group, group_dst=r)) for r, part in outgoing]
+        self.sent_bytes[kind] += sum(part.nbytes for _, part in outgoing)
         for works, what in ((receives, "did not send its"), (sends, "did not take my")):
-            for rank, work in works.items():
+            for rank, work in works:
                 try:
                     assert work is not None
                     work.wait()

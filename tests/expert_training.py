@@ -124,7 +124,7 @@ def train(topology: Topology, case: Case) -> Trained:
         optimizer.step()
         load_LE = topology.sum_(load_LE)
         if engine:
-            engine.end_step(load_LE.numpy())
+            engine.end_step(load_LE.numpy(), optimizer)
         result.curve.append((float(topology.sum_(nats_sum)), float(norm)))
         result.loads.append(load_LE.tolist())
     result.tensors = {key: tensor.detach().clone() for key, tensor in training_tensors(model, optimizer).items()}

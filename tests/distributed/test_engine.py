@@ -127,6 +127,7 @@ PLANNED = (
     {"overlap_degree": 3, "planner": "calibrate", "max_copies": 2},
     {"planner": "spill"},
     {"overlap_degree": 2, "algorithm": "tree", "predictor": "ema"},
+    {"overlap_degree": 1, "reshard_interval": 2},
 )
 
 
@@ -141,7 +142,7 @@ def test_every_planner_equals_one_process(world: int) -> None:
         for micro in (12, 2)
     ]
     by_rank = run_distributed(train_all, world, cases)
-    moved = {"spAG": 0, "tokens": 0}
+    moved = {"spAG": 0, "tokens": 0, "owners": 0}
     for index in range(len(cases)):
         results = [results[index] for results in by_rank]
         agree(results, reference, 1e-10)

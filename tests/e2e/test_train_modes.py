@@ -54,10 +54,19 @@ def test_pain_5_a_run_goes_on_in_another_mode_on_another_number_of_ranks(
     assert losses(folder) == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ep", "fssdp-rm"])
-def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(corpus: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "options_of_mode",
+    [
+        ("parallel.mode=ep",),
+        ("parallel.mode=fssdp-keep",),  # link, overlap degree and loads are measured, and part of the checkpoint
+        ("parallel.mode=fssdp-rm", "parallel.overlap_degree=2", "parallel.reshard_interval=3"),
+    ],
+)
+def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
+    corpus: Path, tmp_path: Path, options_of_mode: tuple[str, ...]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    args = (*STEPS, f"parallel.mode={mode}", "parallel.overlap_degree=2")
+    args = (*STEPS, *options_of_mode)
     assert run(2, *options(corpus, whole, *args)).returncode == 0
     assert run(2, *options(corpus, parts, *args, "train.stop_after=7")).returncode == 0
     assert run(2, "--resume", str(only_run(parts)), "train.stop_after=null").returncode == 0
