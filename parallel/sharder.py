@@ -16,6 +16,9 @@ import numpy as np
 
 from parallel.placement import Bools, Ints, PlacementError
 
+STAY_DIVISOR = 8
+"""An owner keeps an expert if it exceeds the least loaded rank by at most this part of the layer's mean rows."""
+
 
 class Move(NamedTuple):
     """An expert whose parameters and optimizer state go from rank ``src`` to rank ``dst``."""
@@ -38,11 +41,14 @@ def plan_owners(
     """(L, E) new owners; Algorithm 2 of Hecate (section 4.3).
 
     Layers come in the order of their most loaded expert without copies; its experts by load, each to the least loaded
-    node with a free slot and there to the least loaded rank. Of equally loaded ones the paper takes that with fewer
-    free slots; then the present owner wins, then the lower number. Last, experts with copies go wherever slots remain,
-    and here too to the least loaded rank of their layer: loads drift, and an expert that no longer gets copies has all
-    its rows on its owner. (With all of them put anywhere, made-up loads that drift were 1.47 times the mean on the
-    busiest rank, now 1.25; without new owners 1.36.)
+    node with a free slot and there to the least loaded rank; ties go to fewer free slots, then to the lower number.
+    Last, experts with copies go wherever slots remain.
+
+    Two things are not the paper's. Experts with copies too go to the least loaded rank of their layer: loads drift, and
+    an expert that no longer gets copies has all its rows on its owner. And an expert stays with its present owner if
+    that one's rows are at most ``1 / STAY_DIVISOR`` of the mean above the least. With made-up loads that drift, the
+    first made the busiest rank's rows 1.25 times the mean instead of 1.47; the second saves a third to a half of all
+    moves.
 
     Args:
         load_LE: (L, E) loads expected, or anything in proportion to them within a layer.
@@ -68,9 +74,14 @@ def plan_owners(
     most_L = np.where(copied_LE, -1, load_LE).max(1)
     order = np.argsort(-most_L, kind="stable").tolist()
 
+    slack_L = (np.where(copied_LE, 0, load_LE).sum(1) // (STAY_DIVISOR * world)).tolist()
+    node_index = {nodes[ranks[0]]: index for index, ranks in enumerate(members)}
+
     def settle(layer: int, expert: int, ranks: list[int]) -> None:
         rows, home = rows_LW[layer], int(owner_LE[layer, expert])
-        _, _, _, rank = min((rows[r], sign * free[r], r != home, r) for r in ranks if free[r])
+        _, _, rank = min((rows[r], sign * free[r], r) for r in ranks if free[r])
+        if home in ranks and free[home] and rows[home] <= rows[rank] + slack_L[layer]:
+            rank = home
         new_LE[layer, expert] = rank
         free[rank] -= 1
         rows[rank] += int(load_LE[layer, expert])
@@ -78,12 +89,10 @@ def plan_owners(
     for layer in order:
         node_rows, node_free = [0] * len(members), [sum(free[rank] for rank in ranks) for ranks in members]
         for expert in by_load_LE[layer, ~copied_LE[layer, by_load_LE[layer]]].tolist():
-            home = nodes[owner_LE[layer, expert]]
-            _, _, _, node = min(
-                (node_rows[n], sign * node_free[n], home != nodes[members[n][0]], n)
-                for n in range(len(members))
-                if node_free[n]
-            )
+            home = node_index[nodes[owner_LE[layer, expert]]]
+            _, _, node = min((node_rows[n], sign * node_free[n], n) for n in range(len(members)) if node_free[n])
+            if free[owner_LE[layer, expert]] and node_rows[home] <= node_rows[node] + slack_L[layer]:
+                node = home
             settle(layer, expert, members[node])
             node_free[node] -= 1
             node_rows[node] += int(load_LE[layer, expert])

@@ -96,17 +96,27 @@ def test_nodes_are_levelled_before_ranks() -> None:
     assert new_LE.tolist() == [[0, 2, 3, 1]]
 
 
-@pytest.mark.parametrize(("more_free_first", "rank"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(("more_free_first", "rank"), [(False, 1), (True, 2)])
 def test_of_equally_loaded_ranks_the_one_with_fewer_free_slots_is_taken_or_with_more(
     more_free_first: bool, rank: int
 ) -> None:
-    new_LE = plan_owners(loads([3, 2, 1]), loads([0, 0, 1]), 0, [1, 2], [0, 0], more_free_first=more_free_first)
-    assert new_LE[0, 0] == rank
+    """Rank 0 has one slot, which 9 keeps; the second layer only brings slots."""
+    load_LE, owner_LE = loads([9, 8], [0, 0]), loads([0, 0], [0, 0])
+    new_LE = plan_owners(load_LE, owner_LE, 0, [1, 1, 2], [0, 0, 0], more_free_first=more_free_first)
+    assert new_LE[0].tolist() == [0, rank]
 
 
 def test_of_ranks_alike_the_present_owner_is_taken() -> None:
     owner_LE = loads([2, 0, 3, 1])
     assert plan_owners(loads([9, 8, 7, 6]), owner_LE, 0, [1, 1, 1, 1], [0, 0, 0, 0]).tolist() == owner_LE.tolist()
+
+
+@pytest.mark.parametrize(("warm", "stays"), [(12, True), (13, False)])
+def test_an_expert_stays_if_its_owner_has_an_eighth_of_the_mean_more_than_the_least(warm: int, stays: bool) -> None:
+    """Mean 100: 88 and 100 part, so 12 may find its owner 12 above the other. (The second layer only brings slots.)"""
+    load_LE = loads([100, 100 - warm, warm], [0, 0, 0])
+    new_LE = plan_owners(load_LE, loads([0, 1, 0], [0, 1, 1]), 0, [3, 3], [0, 0])
+    assert (new_LE[0, 2] == 0) == stays
 
 
 def test_experts_with_copies_come_last_where_there_are_slots_and_few_rows() -> None:
