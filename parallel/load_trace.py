@@ -226,12 +226,14 @@ class SyntheticLoads:
         imbalance: of ranks under even owners, max/mean, that the popularity at the start has on average of layers.
         drift: standard deviation of one step of the random walk of an expert's logit.
         rank_spread: standard deviation of a rank's own preference for an expert, a logit too.
+        clustered: popular experts have neighbouring numbers, so that one rank owns several of them: the worst case.
     """
 
     rows_per_rank: int
     imbalance: float
     drift: float = 0.02
     rank_spread: float = 0.1
+    clustered: bool = False
 
     def steps(self, header: TraceHeader, num_steps: int, seed: int) -> Iterator[TraceStep]:
         """Steps of a trace, the same for the same seed.
@@ -241,7 +243,9 @@ class SyntheticLoads:
         """
         rng = np.random.default_rng(seed)
         layers, world, experts = header.shape
-        ranking_LE = np.array([rng.permutation(experts) for _ in range(layers)])
+        ranking_LE = np.array(
+            [np.arange(experts) if self.clustered else rng.permutation(experts) for _ in range(layers)]
+        )
         logit_LE = -np.log1p(ranking_LE)
         logit_LE = logit_LE * self._sharpness(logit_LE, header)
         own_LWE = rng.normal(0, self.rank_spread, (layers, world, experts))
