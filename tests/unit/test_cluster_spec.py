@@ -1,4 +1,4 @@
-"""The emulated cluster: what its description refuses, addresses, and rates like those of real clusters. No root needed."""
+"""The emulated cluster: what its description refuses, addresses, and rates like those of real clusters."""
 
 from __future__ import annotations
 
