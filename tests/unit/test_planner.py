@@ -81,6 +81,13 @@ def test_calibration_copies_what_the_prediction_missed_if_it_pays() -> None:
     assert plan_more_copies(predicted, true_E, 1, 2, [0] * 4, ns_per_row=100, ns_per_copy=3000) is predicted
 
 
+def test_calibration_weighs_rows_saved_against_all_copies_that_one_rank_receives() -> None:
+    """Two experts everywhere: the busiest rank goes from 60 rows to 30, and ranks 2 and 3 receive two copies each."""
+    for price, copies in ((1499, 6), (1500, 0)):
+        more = plan_more_copies(FOUR, loads(60, 60, 0, 0), 2, 2, [0] * 4, ns_per_row=100, ns_per_copy=price)
+        assert more.copies_E.sum() == copies
+
+
 def test_calibration_never_drops_a_copy_and_keeps_within_memory() -> None:
     predicted = plan_copies(FOUR, loads(50, 10, 10, 10), overlap_degree=1, max_copies=1, node_W=[0] * 4)
     true_E = loads(0, 90, 0, 0)
@@ -97,6 +104,20 @@ def test_spill_moves_the_surplus_to_where_it_just_fits() -> None:
     placement, quota_EW = plan_spill(FOUR, loads(70, 15, 30, 5), max_copies=1)
     assert placement.holders(0) == [0, 1, 3]
     assert quota_EW.tolist() == [[30, 15, 0, 25], [0, 15, 0, 0], [0, 0, 30, 0], [0, 0, 0, 5]]
+
+
+def test_spill_takes_the_tightest_room_that_is_enough() -> None:
+    """The mean is 30; rank 4 has just room for the 10 of rank 0, which leaves rank 5 in one piece for the others."""
+    sharding = Placement(range(6), world_size=6)
+    placement, quota_EW = plan_spill(sharding, loads(40, 39, 38, 38, 20, 5), max_copies=3)
+    assert [placement.holders(expert) for expert in range(4)] == [[0, 4], [1, 5], [2, 5], [3, 5]]
+    assert quota_EW.sum(0).tolist() == [30] * 6
+
+
+def test_spill_serves_the_busiest_rank_first_where_slots_are_few() -> None:
+    placement, quota_EW = plan_spill(FOUR, loads(35, 55, 0, 30), max_copies=1)
+    assert placement.copies_E.tolist() == [0, 1, 0, 0]
+    assert quota_EW.sum(0).tolist() == [35, 30, 25, 30]
 
 
 def test_spill_stops_at_the_level_and_at_small_moves() -> None:

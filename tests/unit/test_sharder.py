@@ -90,19 +90,26 @@ def test_heavy_layers_choose_first_and_experts_by_load() -> None:
     assert new_LE.tolist() == [[0, 1], [0, 1]]
 
 
+def test_layers_choose_in_the_order_of_what_gets_no_copies() -> None:
+    """Rank 0 has one slot, which both 5 and 9 want to keep; that layer 0 has the hottest expert does not count."""
+    new_LE = plan_owners(loads([100, 5], [50, 9]), loads([1, 0], [1, 0]), 1, [1, 3], [0, 0])
+    assert new_LE.tolist() == [[1, 1], [1, 0]]
+
+
 def test_nodes_are_levelled_before_ranks() -> None:
     """8 goes to node 0, 7 to node 1; 6 too, for node 1 has fewer rows, though its owner is idle and on node 0."""
     new_LE = plan_owners(loads([8, 7, 6, 1]), loads([0, 2, 1, 3]), 0, [1, 1, 1, 1], [0, 0, 1, 1])
     assert new_LE.tolist() == [[0, 2, 3, 1]]
 
 
+@pytest.mark.parametrize("node_W", [[0, 0, 0], [0, 1, 2]], ids=["ranks", "nodes"])
 @pytest.mark.parametrize(("more_free_first", "rank"), [(False, 1), (True, 2)])
-def test_of_equally_loaded_ranks_the_one_with_fewer_free_slots_is_taken_or_with_more(
-    more_free_first: bool, rank: int
+def test_of_equally_loaded_ranks_or_nodes_that_with_fewer_free_slots_is_taken_or_with_more(
+    more_free_first: bool, rank: int, node_W: list[int]
 ) -> None:
     """Rank 0 has one slot, which 9 keeps; the second layer only brings slots."""
     load_LE, owner_LE = loads([9, 8], [0, 0]), loads([0, 0], [0, 0])
-    new_LE = plan_owners(load_LE, owner_LE, 0, [1, 1, 2], [0, 0, 0], more_free_first=more_free_first)
+    new_LE = plan_owners(load_LE, owner_LE, 0, [1, 1, 2], node_W, more_free_first=more_free_first)
     assert new_LE[0].tolist() == [0, rank]
 
 
@@ -148,6 +155,9 @@ def test_moving_is_worth_it_if_it_saves_more_than_it_takes() -> None:
         worth_moving(load_LE, old_LE, new_LE, 0, 2, steps=5, ns_per_row=3, ns_per_move=price) for price in (44, 45, 46)
     ]
     assert worth == [True, False, False]
+    # Rank 0 sends two experts, 14 rows become 6: that one rank receives only one does not make it cheaper.
+    spread = loads([6, 4, 4]), loads([0, 0, 0]), loads([0, 1, 2])
+    assert [worth_moving(*spread, 0, 3, steps=1, ns_per_row=1, ns_per_move=price) for price in (3, 4)] == [True, False]
     assert not worth_moving(load_LE, old_LE, old_LE, 0, 2, steps=5, ns_per_row=3, ns_per_move=0)
 
 

@@ -30,6 +30,7 @@ from parallel.policies import (
     Shadowing,
     SmartSwaps,
     Spill,
+    StepPlan,
 )
 from parallel.simulate import Outcome, balanced, lower_bound, replay, routed_rows
 
@@ -139,6 +140,45 @@ def test_a_step_of_expert_parallelism_costs_what_the_formula_says() -> None:
     assert outcome.imbalance == 4
     assert outcome.token_bytes == 4 * 30 * 4
     assert (outcome.copy_bytes, outcome.moved_bytes, outcome.exposed_s, outcome.memory_ratio) == (0, 0, 0, 1)
+
+
+class Fixed:
+    """Every expert on every rank of ``SMALL``, brought there in one way or another."""
+
+    name = "fixed"
+
+    def __init__(self, early: str, gathers: int, resident: bool) -> None:
+        owners = Placement([0, 1, 2, 3], world_size=4)
+        self.gathers = gathers
+        self._layer = LayerPlan(
+            owners.everywhere(), owners.everywhere() if early == "all" else owners, resident=resident
+        )
+
+    def plan(self, step: int, count_LWE: np.ndarray) -> StepPlan:
+        return StepPlan([self._layer], np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "exposed_s", "copy_bytes", "gradient_bytes", "memory"),
+    [
+        (Fixed("all", 1, resident=False), (1.28 - 0.4) + (1.28 - 0.8), 384, 384, 1 + 6 * 2 / 16),
+        (Fixed("all", 2, resident=False), (1.28 - 0.4) + (2.56 - 0.8), 768, 384, 1 + 6 * 2 / 16),
+        (Fixed("none", 1, resident=False), 1.28 + (1.28 - 0.8), 384, 384, 1 + 6 * 2 / 16),
+        (Fixed("all", 1, resident=True), 2.56 - 0.8, 0, 768, 4),
+    ],
+    ids=["kept", "released", "after the gate", "resident"],
+)
+def test_what_attention_does_not_hide_is_exposed(
+    policy: Fixed, exposed_s: float, copy_bytes: int, gradient_bytes: int, memory: float
+) -> None:
+    """12 copies of 32 bytes: 2 enter each node at 50 bytes a second. Attention hides 0.4 s forward, 0.8 s backward."""
+    shape = ModelShape("tiny", 1, 4, 2, 4, sequence=1, tokens_per_rank=10, experts_per_token=1)
+    setting = Setting(shape, SMALL)
+    outcome = replay(policy, [TraceStep(0, np.full((1, 4, 4), 3))], setting, skip=0)
+    assert outcome.exposed_s == pytest.approx(exposed_s)
+    assert outcome.step_s == pytest.approx(3 * (0.4 + 12 * 32 / 1000) + exposed_s)
+    assert (outcome.copy_bytes, outcome.gradient_bytes, outcome.token_bytes) == (copy_bytes, gradient_bytes, 0)
+    assert outcome.memory_ratio == pytest.approx(memory)
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
