@@ -3,7 +3,8 @@
 ``plan_copies`` is Algorithm 1 of Hecate (arXiv:2502.02581, section 4.2): the most loaded experts, as many as hide
 under attention, get copies in proportion to their load. ``plan_more_copies`` is its calibration, once the gate has
 spoken. ``plan_spill`` needs no prediction: rows above the mean leave the busiest ranks for the idlest, with the expert
-that they need (least-loaded spill, arXiv:2601.17111; UltraEP, arXiv:2606.04101).
+that they need (least-loaded spill, arXiv:2601.17111; UltraEP, arXiv:2606.04101); it can also level what predicted
+copies left.
 
 Pure functions of integers with a rule for every tie: every rank that knows the same loads finds the same placement.
 Shape suffixes: E experts of a layer, W ranks, t experts chosen for copies, N nodes, P places in a node.
@@ -224,7 +225,14 @@ class Spill(NamedTuple):
 
 
 def plan_spill(
-    sharding: Placement, load_E: Ints, max_copies: int, *, min_rows: int = 1, level_num: int = 1, level_den: int = 1
+    current: Placement,
+    load_E: Ints,
+    max_copies: int,
+    *,
+    settled_EW: Ints | None = None,
+    min_rows: int = 1,
+    level_num: int = 1,
+    level_den: int = 1,
 ) -> Spill:
     """Copies that let the busiest ranks spill rows to the idlest until none is much above the mean.
 
@@ -234,28 +242,40 @@ def plan_spill(
     always takes the least loaded rank, and so runs out of slots where memory is short.
 
     Args:
-        sharding: who owns what; copies that it has do not count.
+        current: who holds what already. Rows of experts with copies stay as ``settled_EW`` says; others spill.
         load_E: (E,) true rows of each expert, over all ranks.
-        max_copies: copies that one rank may hold besides what it owns.
+        max_copies: copies that one rank may hold besides what it owns, those of ``current`` included.
+        settled_EW: (E, W) rows of the experts that have copies, as their holders share them, of which
+            :func:`even_quotas` is one way; needed only if there are any.
         min_rows: no copy is made to move fewer rows.
         level_num, level_den: the level that is good enough, as a ratio of the mean, at least 1.
 
     Raises:
-        PlacementError: a shape does not fit, loads are not integers from 0 to ``MAX_LOAD``, a number is negative, or
-            the level is below the mean.
+        PlacementError: a shape does not fit, loads are not integers from 0 to ``MAX_LOAD``, a number is negative, the
+            level is below the mean, or ``settled_EW`` does not share out an expert that has copies.
     """
-    _check(sharding, load_E, range(sharding.world_size), max_copies=max_copies, min_rows=min_rows)
+    _check(current, load_E, range(current.world_size), max_copies=max_copies, min_rows=min_rows)
     if not 1 <= level_den <= level_num:
         raise PlacementError(f"the level {level_num}/{level_den} of the mean cannot be reached; it must be at least 1")
-    world, total = sharding.world_size, int(load_E.sum())
+    world, total = current.world_size, int(load_E.sum())
+    quota_EW = np.zeros_like(current.holders_EW, dtype=np.int64)
+    copied = np.flatnonzero(current.copies_E)
+    if settled_EW is not None:
+        quota_EW[copied] = settled_EW[copied]
+    for expert in copied[quota_EW[copied].sum(1) != load_E[copied]][:1]:
+        raise PlacementError(
+            f"expert {expert} has copies and {load_E[expert]} rows, settled_EW shares out {quota_EW[expert].sum()}"
+        )
     level = max(-(-total // world), total * level_num // (world * level_den))
-    loads, owners = load_E.tolist(), sharding.owner_E.tolist()
-    rows_W, owned_W = [0] * world, [list[int]() for _ in range(world)]
-    for expert in np.argsort(-load_E, kind="stable").tolist():
+    loads, owners = load_E.tolist(), current.owner_E.tolist()
+    rows_W, owned_W = quota_EW.sum(0).tolist(), [list[int]() for _ in range(world)]
+    single = np.flatnonzero(current.copies_E == 0)
+    quota_EW[single, current.owner_E[single]] = load_E[single]
+    for expert in single[np.argsort(-load_E[single], kind="stable")].tolist():
         rows_W[owners[expert]] += loads[expert]
         owned_W[owners[expert]].append(expert)
-    least = max(1, min_rows)
-    idle = sorted((level - rows, rank, max_copies) for rank, rows in enumerate(rows_W) if max_copies and rows < level)
+    least, slots_W = max(1, min_rows), (max_copies - current.copies_W).tolist()
+    idle = sorted((level - rows_W[r], r, slots_W[r]) for r in range(world) if slots_W[r] > 0 and rows_W[r] < level)
     spilled: list[tuple[int, int, int]] = []
     for rank in sorted((r for r in range(world) if rows_W[r] > level), key=lambda r: (-rows_W[r], r)):
         excess = rows_W[rank] - level
@@ -271,14 +291,41 @@ def plan_spill(
                     insort(idle, (room - moved, taker, slots - 1))
             if excess < least:
                 break
-    quota_EW = np.zeros_like(sharding.holders_EW, dtype=np.int64)
-    quota_EW[np.arange(sharding.num_experts), sharding.owner_E] = load_E
+    holders_EW = current.holders_EW.copy()
     for expert, taker, moved in spilled:
         quota_EW[expert, owners[expert]] -= moved
         quota_EW[expert, taker] = moved
-    holders_EW = quota_EW > 0
-    holders_EW[np.arange(sharding.num_experts), sharding.owner_E] = True
-    return Spill(Placement(sharding.owner_E, holders_EW), quota_EW)
+        holders_EW[expert, taker] = True
+    return Spill(Placement(current.owner_E, holders_EW), quota_EW)
+
+
+def even_quotas(count_WE: Ints, placement: Placement, node_W: Sequence[int]) -> Ints:
+    """(E, W) rows that each holder computes if rows stay at home, else are split evenly on their node, else over all.
+
+    Hecate's rule (section 4.4), summed over sources; so :func:`plan_spill` can build on copies made before the gate.
+
+    Args:
+        count_WE: (W, E) rows that each rank has for each expert.
+    """
+    holders_EW, nodes = placement.holders_EW, np.asarray(node_W)
+    quota_EW = np.where(holders_EW, count_WE.T, 0)
+    away_EW = count_WE.T - quota_EW
+    far_E = np.zeros(placement.num_experts, dtype=np.int64)
+    for node in sorted(set(node_W)):
+        near_EW = holders_EW & (nodes == node)
+        rows_E = away_EW[:, nodes == node].sum(1)
+        quota_EW += _evenly(np.where(near_EW.any(1), rows_E, 0), near_EW)
+        far_E += np.where(near_EW.any(1), 0, rows_E)
+    quota_EW += _evenly(far_E, holders_EW)
+    return quota_EW
+
+
+def _evenly(rows_E: Ints, takers_EW: Bools) -> Ints:
+    """(E, W) each expert's rows over its takers; the first ones get one more."""
+    base_E, rest_E = np.divmod(rows_E, np.maximum(takers_EW.sum(1), 1))
+    more_EW = takers_EW.cumsum(1) <= rest_E[:, None]
+    shares_EW: Ints = np.where(takers_EW, base_E[:, None] + more_EW, 0)
+    return shares_EW
 
 
 def _check(sharding: Placement, load_E: Ints, node_W: Sequence[int], **at_least_0: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from parallel.cost_model import ClusterModel, Floats, ModelShape
 from parallel.load_predictor import LoadPredictor, PredictorKind, build_predictor
 from parallel.placement import Ints, Placement, even_owners
-from parallel.planner import plan_copies, plan_more_copies, plan_spill
+from parallel.planner import even_quotas, plan_copies, plan_more_copies, plan_spill
 from parallel.sharder import moves, plan_owners
 
 
@@ -113,7 +113,7 @@ class Hecate:
     Args:
         copies: Algorithm 1 before every step.
         reshard_interval: Algorithm 2 every so many steps; 0: never.
-        calibrate: more copies after the gate, if they pay.
+        calibrate: after the gate, ``more`` copies by Algorithm 1 if they pay, or ``spill`` of what is left.
         release: copies are released after forward and gathered again for backward (Hecate-RM).
         max_copies: per rank and layer; None: as many as hide.
     """
@@ -125,7 +125,7 @@ class Hecate:
         *,
         copies: bool = True,
         reshard_interval: int = 0,
-        calibrate: bool = False,
+        calibrate: Literal["", "more", "spill"] = "",
         release: bool = False,
         window: int = 5,
         kind: PredictorKind = "mean",
@@ -154,20 +154,21 @@ class Hecate:
         for owner_E, predicted_E, count_WE in zip(self._owner_LE, predicted_LE, count_LWE, strict=True):
             limits = (self._overlap, self._max_copies, setting.nodes)
             early = plan_copies(setting.sharding(owner_E), predicted_E, *limits)
-            final = early
-            if self._calibrate:
-                final = plan_more_copies(
-                    early,
-                    count_WE.sum(0),
-                    self._overlap,
-                    2 * self._max_copies,
-                    setting.nodes,
-                    ns_per_row=setting.ns_per_row,
-                    ns_per_copy=setting.ns_per_copy,
-                )
-            layers.append(LayerPlan(final, early))
+            layers.append(self._calibrated(early, count_WE))
         self._predictor.observe(count_LWE.sum(1))
         return StepPlan(layers, moved_WW)
+
+    def _calibrated(self, early: Placement, count_WE: Ints) -> LayerPlan:
+        setting, load_E = self._setting, count_WE.sum(0)
+        if self._calibrate == "more":
+            times = {"ns_per_row": setting.ns_per_row, "ns_per_copy": setting.ns_per_copy}
+            final = plan_more_copies(early, load_E, self._overlap, 2 * self._max_copies, setting.nodes, **times)
+            return LayerPlan(final, early)
+        if self._calibrate == "spill":
+            settled_EW, least = even_quotas(count_WE, early, setting.nodes), setting.ns_per_copy // setting.ns_per_row
+            spill = plan_spill(early, load_E, 2 * self._max_copies, settled_EW=settled_EW, min_rows=least)
+            return LayerPlan(spill.placement, early, "quota", quota_EW=spill.quota_EW)
+        return LayerPlan(early, early)
 
 
 class Spill:

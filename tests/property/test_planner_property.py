@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.placement import Placement, check_materialises
-from parallel.planner import plan_copies, plan_more_copies, plan_spill, rows_per_rank
+from parallel.planner import even_quotas, plan_copies, plan_more_copies, plan_spill, rows_per_rank
+from parallel.row_split import split_rows
 
 pytestmark = pytest.mark.unit
 
@@ -225,3 +226,47 @@ def test_spill_with_slots_enough_is_level(
     assert quota_EW.sum(0).max() <= -(-load_E.sum() // sharding.world_size)
     # Each copy finishes a busy rank, an expert of one, or an idle rank: fewer copies than ranks and experts together.
     assert placement.copies_E.sum() <= sharding.world_size + sharding.num_experts
+
+
+@settings(max_examples=150, deadline=None)
+@given(situations(), st.integers(0, 4), st.integers(0, 8), st.integers(1, 20))
+def test_spill_on_top_of_copies_keeps_them_and_their_rows(
+    situation: tuple[Placement, np.ndarray, list[int], np.random.Generator],
+    max_copies: int,
+    overlap_degree: int,
+    min_rows: int,
+) -> None:
+    sharding, load_E, node_W, rng = situation
+    world = sharding.world_size
+    current = plan_copies(sharding, rng.permutation(load_E), overlap_degree, max_copies, node_W)
+    count_WE = np.array([rng.multinomial(load, np.full(world, 1 / world)) for load in load_E]).T
+    settled_EW = even_quotas(count_WE, current, node_W)
+    placement, quota_EW = plan_spill(current, load_E, max_copies, settled_EW=settled_EW, min_rows=min_rows)
+    check_materialises(current, placement)
+    assert placement.copies_W.max() <= max_copies
+    assert np.array_equal(quota_EW.sum(1), load_E)
+    copied = current.copies_E > 0
+    assert np.array_equal(quota_EW[copied], settled_EW[copied])
+    assert np.array_equal(placement.holders_EW[copied], current.holders_EW[copied])
+    assert not quota_EW[~placement.holders_EW].any()
+    level = -(-load_E.sum() // world)
+    before_W = np.where(copied[:, None], settled_EW, 0).sum(0)
+    np.add.at(before_W, sharding.owner_E[~copied], load_E[~copied])
+    assert (quota_EW.sum(0) <= np.maximum(before_W, level)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(situations(), st.floats(0, 0.6))
+def test_even_quotas_are_what_the_dispatcher_sends(
+    situation: tuple[Placement, np.ndarray, list[int], np.random.Generator], density: float
+) -> None:
+    """To within the remainders, which the dispatcher deals out source by source."""
+    sharding, _, node_W, rng = situation
+    world = sharding.world_size
+    placement = Placement(sharding.owner_E, sharding.holders_EW | (rng.random(sharding.holders_EW.shape) < density))
+    count_WE = rng.integers(0, 1000, (world, sharding.num_experts))
+    quota_EW = even_quotas(count_WE, placement, node_W)
+    assert np.array_equal(quota_EW.sum(1), count_WE.sum(0))
+    for rank in range(world):
+        received_E = split_rows(count_WE, placement, rank, node_W, "even").received_WE.sum(0)
+        assert np.abs(quota_EW[:, rank] - received_E).max() <= world

@@ -120,6 +120,20 @@ def test_spill_serves_the_busiest_rank_first_where_slots_are_few() -> None:
     assert quota_EW.sum(0).tolist() == [35, 30, 25, 30]
 
 
+def test_spill_levels_what_predicted_copies_left() -> None:
+    """Expert 0 is everywhere, 10 rows each; of the others rank 1 has 30 rows too many, for which 2 and 3 have room."""
+    current = FOUR.with_copies([(0, 1), (0, 2), (0, 3)])
+    load_E = loads(40, 60, 10, 10)
+    settled_EW = np.zeros((4, 4), dtype=np.int64)
+    settled_EW[0] = 10
+    placement, quota_EW = plan_spill(current, load_E, max_copies=2, settled_EW=settled_EW)
+    assert quota_EW.sum(0).tolist() == [30, 30, 30, 30]
+    assert placement.holders(1) == [0, 1, 2, 3]
+    full = plan_spill(current, load_E, max_copies=1, settled_EW=settled_EW)
+    assert full.placement.copied_to(0) == [1]  # which holds no copy yet; the others are full
+    assert full.quota_EW.sum(0).tolist() == [30, 50, 20, 20]
+
+
 def test_spill_stops_at_the_level_and_at_small_moves() -> None:
     near = loads(33, 29, 30, 28)
     assert plan_spill(FOUR, near, 2, level_num=11, level_den=10).placement == FOUR
@@ -156,6 +170,10 @@ def test_spill_of_a_balanced_layer_copies_nothing() -> None:
         (
             lambda: plan_spill(FOUR, loads(1, 2, 3, 4), 1, level_num=9, level_den=10),
             "the level 9/10 of the mean cannot be reached; it must be at least 1",
+        ),
+        (
+            lambda: plan_spill(FOUR.with_copies([(1, 2)]), loads(1, 2, 3, 4), 1),
+            "expert 1 has copies and 2 rows, settled_EW shares out 0",
         ),
         (lambda: rows_per_rank(loads(1), FOUR), "load_E has shape (1,), the placement has 4 experts"),
     ],

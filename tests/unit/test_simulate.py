@@ -192,7 +192,8 @@ def every_policy(setting: Setting) -> list[Policy]:
     return [
         Hecate(setting, "EP", copies=False),
         Hecate(setting, "sharding", copies=False, reshard_interval=5),
-        Hecate(setting, "both", reshard_interval=5, calibrate=True),
+        Hecate(setting, "both", reshard_interval=5, calibrate="more"),
+        Hecate(setting, "both and spill", reshard_interval=5, calibrate="spill"),
         Hecate(setting, "rm", release=True),
         Spill(setting),
         Shadowing(setting),
@@ -241,6 +242,8 @@ def outcomes() -> dict[str, Outcome]:
         Hecate(setting, "copies"),
         Hecate(setting, "both", reshard_interval=10),
         Hecate(setting, "rm", reshard_interval=10, release=True),
+        Hecate(setting, "calibrated", reshard_interval=10, calibrate="more"),
+        Hecate(setting, "spilled", reshard_interval=10, calibrate="spill"),
         Spill(setting),
     ]
     found = {policy.name: replay(policy, trace, setting) for policy in policies}
@@ -263,6 +266,12 @@ def test_releasing_trades_traffic_for_memory(outcomes: dict[str, Outcome]) -> No
     assert release.gradient_bytes == keep.gradient_bytes
     assert 1 < release.memory_ratio < 1 + (keep.memory_ratio - 1) / 4
     assert release.imbalance == keep.imbalance
+
+
+def test_true_loads_level_what_predicted_copies_left(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["spilled"].imbalance < outcomes["calibrated"].imbalance <= outcomes["both"].imbalance
+    assert outcomes["spilled"].imbalance < 1.1
+    assert outcomes["spilled"].step_s < outcomes["both"].step_s
 
 
 def test_nothing_beats_the_lower_bound_and_balanced_loads_are_level(outcomes: dict[str, Outcome]) -> None:
