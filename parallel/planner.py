@@ -307,16 +307,20 @@ def even_quotas(count_WE: Ints, placement: Placement, node_W: Sequence[int]) -> 
     Args:
         count_WE: (W, E) rows that each rank has for each expert.
     """
-    holders_EW, nodes = placement.holders_EW, np.asarray(node_W)
-    quota_EW = np.where(holders_EW, count_WE.T, 0)
-    away_EW = count_WE.T - quota_EW
-    far_E = np.zeros(placement.num_experts, dtype=np.int64)
+    nodes = np.asarray(node_W)
+    several = placement.copies_E > 0
+    quota_EW = np.zeros(placement.holders_EW.shape, dtype=np.int64)
+    quota_EW[np.arange(placement.num_experts), placement.owner_E] = count_WE.sum(0)
+    held_EW, count_EW = placement.holders_EW[several], count_WE[:, several].T
+    shared_EW = np.where(held_EW, count_EW, 0)
+    away_EW = count_EW - shared_EW
+    far_E = np.zeros(len(held_EW), dtype=np.int64)
     for node in sorted(set(node_W)):
-        near_EW = holders_EW & (nodes == node)
+        near_EW = held_EW & (nodes == node)
         rows_E = away_EW[:, nodes == node].sum(1)
-        quota_EW += _evenly(np.where(near_EW.any(1), rows_E, 0), near_EW)
+        shared_EW += _evenly(np.where(near_EW.any(1), rows_E, 0), near_EW)
         far_E += np.where(near_EW.any(1), 0, rows_E)
-    quota_EW += _evenly(far_E, holders_EW)
+    quota_EW[several] = shared_EW + _evenly(far_E, held_EW)
     return quota_EW
 
 
