@@ -141,11 +141,25 @@ class Block(nn.Module):
         return x_BTD + self.ffn(branch_BTD), None
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary, attend: Attend | None, context: RoutingContext, dtype: torch.dtype
+        self,
+        x_BTD: Tensor,
+        rotary: Rotary,
+        attend: Attend | None,
+        context: RoutingContext,
+        dtype: torch.dtype,
+        before_gate: Callable[[Tensor], RoutingContext] | None = None,
     ) -> tuple[Tensor, GateOutput | None]:
-        """The residual stream after this block, and the routing if it has experts."""
+        """The residual stream after this block, and the routing if it has experts.
+
+        Args:
+            before_gate: given the tokens (B, T, D) that a gate is about to route, says with what context instead of
+                ``context``.
+        """
         x_BTD = self.attention_part(x_BTD, rotary, attend, dtype)
-        return self.ffn_part(x_BTD, self.ffn_norm(x_BTD, dtype), context)
+        branch_BTD = self.ffn_norm(x_BTD, dtype)
+        if before_gate is not None and self.moe is not None:
+            context = before_gate(branch_BTD)
+        return self.ffn_part(x_BTD, branch_BTD, context)
 
 
 class _RecomputedBlock:
@@ -173,18 +187,23 @@ class _RecomputedBlock:
         return x_BTD, output
 
     def _run(self, x_BTD: Tensor, prev_logits_TE: Tensor | None) -> tuple[Tensor, GateOutput | None]:
-        block = self._block
-        x_BTD = block.attention_part(x_BTD, self._rotary, None, self._dtype)
-        branch_BTD = block.ffn_norm(x_BTD, self._dtype)
         context = replace(self._context, prev_logits_TE=prev_logits_TE)
-        if block.moe is None:
-            return block.ffn_part(x_BTD, branch_BTD, context)
+        # By calling the block, not its parts: whoever has sharded its parameters gathers them in hooks of that call.
+        result: tuple[Tensor, GateOutput | None] = self._block(
+            x_BTD, self._rotary, None, context, self._dtype, partial(self._replayed, context)
+        )
+        return result
+
+    def _replayed(self, context: RoutingContext, branch_BTD: Tensor) -> RoutingContext:
+        """``context`` with the choice of the first run, which is made here."""
+        moe = self._block.moe
+        assert moe is not None
         first_run = self._plan is None
         if self._plan is None:
-            self._plan = block.moe.choose(branch_BTD, replace(context, rng=self._rng(x_BTD), reduce_load=None))
+            self._plan = moe.choose(branch_BTD, replace(context, rng=self._rng(branch_BTD), reduce_load=None))
         if context.reduce_load is not None:
             context = replace(context, reduce_load=self._remember if first_run else self._recall(iter(self._reduced)))
-        return block.ffn_part(x_BTD, branch_BTD, replace(context, replay=self._plan, rng=self._rng(x_BTD)))
+        return replace(context, replay=self._plan, rng=self._rng(branch_BTD))
 
     def _rng(self, x_BTD: Tensor) -> torch.Generator | None:
         return layer_generator(self._noise_seed, self._block.index, x_BTD.device)
