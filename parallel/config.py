@@ -22,13 +22,18 @@ class ParallelConfig(BaseModel):
         description="experts: local copies on every rank; ep: each on its owner; fsdp: all gathered for each layer;"
         " fssdp-keep: some gathered, kept until backward; fssdp-rm: gathered again for backward",
     )
-    dense: Literal["ddp"] = Field("ddp", description="how non-expert parameters are replicated")
+    dense: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="non-expert parameters: ddp: whole on every rank; fsdp: a slice on each, gathered for each block",
+    )
     planner: Literal["predict", "calibrate", "spill"] = Field(
         "predict",
         description="fssdp: copies by predicted loads; with more by true loads after the gate; or by true loads alone",
     )
     overlap_degree: int | Literal["auto"] = Field(
-        "auto", description="fssdp: experts per layer whose copies hide under attention; auto measures it at the start"
+        "auto",
+        description="fssdp: most experts per layer that get copies; auto measures how many hide under attention, and"
+        " how many more are so loaded that copies pay even if they do not",
     )
     max_copies: int | None = Field(None, ge=1, description="fssdp: copies that one rank may hold per layer; null: all")
     predictor: Literal["mean", "ema", "last"] = Field("mean", description="what the next loads are predicted from")
@@ -42,6 +47,8 @@ class ParallelConfig(BaseModel):
     )
     split: SplitRule = Field("even", description="how rows are split over the holders of an expert")
     algorithm: Algorithm | Literal["auto"] = Field("auto", description="way of the copies; auto takes the fastest")
-    bucket_mib: float = Field(4.0, gt=0, description="gradient bucket size; a full bucket is reduced during backward")
+    bucket_mib: float = Field(
+        4.0, gt=0, description="ddp: gradient bucket size; a full bucket is reduced during backward"
+    )
     # gloo counts milliseconds in 31 bits.
     timeout_s: float = Field(600.0, gt=0, le=2e6, description="how long a collective may wait for a late rank")

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from parallel.config import ParallelConfig
 from parallel.exchange import LinkModel
 from parallel.load_predictor import build_predictor
@@ -44,8 +46,9 @@ class CopyPolicy:
         self._max_copies = experts if config.max_copies is None else config.max_copies
         fixed = config.overlap_degree
         self.overlap_degree_L = [0 if fixed == "auto" else fixed] * layers
-        self._ns_per_row = 0
-        self._ns_per_copy = 0
+        self._rows_L = [0] * layers
+        self._compute_ns = self._link_ns = 0  # of one row in a step: on the rank that computes it, on a link
+        self._copy_ns = 0  # of one copy in a step: its own way and that of its gradient
         self._profile: list[tuple[list[int], int]] = []
         self._profiled = not self._needs_profile
 
@@ -71,11 +74,15 @@ class CopyPolicy:
             return [sharding.everywhere() for sharding in shardings]
         if mode == "ep" or self.config.planner == "spill":
             return list(shardings)
-        load_LE = self._predictor.predict()
-        return [
-            plan_copies(sharding, load_E, degree, self._max_copies, self._node_W)
-            for sharding, load_E, degree in zip(shardings, load_LE, self.overlap_degree_L, strict=True)
-        ]
+        placements = []
+        for layer, (sharding, load_E) in enumerate(zip(shardings, self._predictor.predict(), strict=True)):
+            degree = self.overlap_degree_L[layer]
+            if self.config.overlap_degree == "auto" and self._copy_ns and self._rows_L[layer]:
+                # The prediction is in proportion only; the step has about as many rows as the last one.
+                rows_E = load_E * self._rows_L[layer] // max(1, int(load_E.sum()))
+                degree = best_degree(rows_E, sharding, degree, self._compute_ns, self._link_ns, self._copy_ns)
+            placements.append(plan_copies(sharding, load_E, degree, self._max_copies, self._node_W))
+        return placements
 
     def after_gate(self, layer: int, placement: Placement, count_WE: Ints) -> tuple[Placement, Ints | None]:
         """The layer's placement now that the loads of this micro-batch are known.
@@ -86,25 +93,37 @@ class CopyPolicy:
         load_E = count_WE.sum(0)
         if self.config.planner == "spill":
             # A copy that moves fewer rows than it costs in time is not worth it.
-            least = -(-self._ns_per_copy // self._ns_per_row) if self._ns_per_row else 1
+            least = -(-self._copy_ns // self._row_ns) if self._row_ns else 1
             spill = plan_spill(placement.sharding(), load_E, self._max_copies, min_rows=least)
             return spill.placement, spill.quota_EW
-        degree, times = self.overlap_degree_L[layer], (self._ns_per_row, self._ns_per_copy)
         more = plan_more_copies(
-            placement, load_E, degree, self._max_copies, self._node_W, ns_per_row=times[0], ns_per_copy=times[1]
+            placement,
+            load_E,
+            self.overlap_degree_L[layer],
+            self._max_copies,
+            self._node_W,
+            ns_per_row=self._row_ns,
+            ns_per_copy=self._copy_ns,
         )
         return more, None
 
-    def after_step(self, load_LE: Ints, chunk_bytes: int, free_ns_L: list[int], ns_per_row: int) -> None:
+    @property
+    def _row_ns(self) -> int:
+        return self._compute_ns + self._link_ns
+
+    def after_step(
+        self, load_LE: Ints, *, chunk_bytes: int, row_bytes: int, free_ns_L: list[int], ns_per_row: int
+    ) -> None:
         """Take notice of a step. Collective while :attr:`profiling`.
 
         Args:
             load_LE: (L, E) global loads.
-            chunk_bytes: what one copy is on the way.
+            chunk_bytes, row_bytes: what one copy and one row are on the way.
             free_ns_L: (L,) how long this rank's link was free before each layer.
-            ns_per_row: what one row cost this rank's experts in forward.
+            ns_per_row: what computing one row cost this rank's experts in forward.
         """
         self._predictor.observe(load_LE)
+        self._rows_L = load_LE.sum(1).tolist()
         if not self.profiling:
             return
         self._profile.append((free_ns_L, ns_per_row))
@@ -118,8 +137,10 @@ class CopyPolicy:
             self.overlap_degree_L = [
                 int(median(free[layer] for free, _ in everyone)) // copy_ns for layer in range(self._shape[0])
             ]
-        # Backward costs twice the forward; a copy's gradient travels as long as the copy.
-        self._ns_per_row, self._ns_per_copy = 3 * int(median(row for _, row in everyone)), 2 * copy_ns
+        # Backward computes twice as much as forward. A row travels four times: there and back, and so its gradient.
+        self._compute_ns = 3 * int(median(row for _, row in everyone))
+        self._link_ns = 4 * row_bytes * 10**9 // self._rate
+        self._copy_ns = 2 * copy_ns
         self._profiled, self._profile = True, []
 
     def owners(self, owner_LE: Ints, slots_W: Ints) -> Ints:
@@ -139,9 +160,9 @@ class CopyPolicy:
         return {
             "predictor": self._predictor.state(),
             "link": None if self.link is None else asdict(self.link),
+            "rows_L": self._rows_L,
             "overlap_degree_L": self.overlap_degree_L,
-            "ns_per_row": self._ns_per_row,
-            "ns_per_copy": self._ns_per_copy,
+            "ns": [self._compute_ns, self._link_ns, self._copy_ns],
             "profile": self._profile,
             "profiled": self._profiled,
         }
@@ -154,6 +175,7 @@ class CopyPolicy:
         """
         with suppress(ValueError):  # another predictor now: it begins anew
             self._predictor.load_state(state["predictor"])
+            self._rows_L = list(state["rows_L"])
         if not same_ranks:
             return
         if state["link"] is not None and self.config.link_mbit is None:
@@ -161,6 +183,36 @@ class CopyPolicy:
         if self._needs_profile:
             self._profile = [(list(free), row) for free, row in state["profile"]]
             self._profiled = state["profiled"]
-            self._ns_per_row, self._ns_per_copy = state["ns_per_row"], state["ns_per_copy"]
+            self._compute_ns, self._link_ns, self._copy_ns = state["ns"]
             if self.config.overlap_degree == "auto":
                 self.overlap_degree_L = list(state["overlap_degree_L"])
+
+
+def best_degree(rows_E: Ints, sharding: Placement, hidden: int, compute_ns: int, link_ns: int, copy_ns: int) -> int:
+    """How many of the most loaded experts to copy everywhere: those whose copies hide, and more as long as they pay.
+
+    The paper stops at what hides (arXiv:2502.02581, section 4.2). Where links are slow, tokens are what they carry
+    most, and a copy that everybody waits for may save more rows than it costs. For each number of copied experts the
+    layer's time is modelled: rows of the busiest rank, rows on the busiest link, and copies beyond the hidden ones.
+
+    Args:
+        rows_E: (E,) rows expected of each expert, over all ranks.
+        hidden: copies that cost nothing.
+        compute_ns, link_ns: of one row, where it is computed and on a link; forward and backward.
+        copy_ns: of one copy on a link, its gradient included.
+
+    Returns:
+        At least ``hidden``; of equally good ones the smallest.
+    """
+    world, experts = sharding.world_size, sharding.num_experts
+    order = np.argsort(-rows_E, kind="stable")
+    owned_EW = np.zeros((experts + 1, world), dtype=np.int64)
+    owned_EW[np.arange(1, experts + 1), sharding.owner_E[order]] = rows_E[order]
+    gone_EW = owned_EW.cumsum(0)  # row t: what the t most loaded experts take off their owners
+    left_EW = gone_EW[-1] - gone_EW
+    computed_E = (left_EW + gone_EW.sum(1, keepdims=True) // world).max(1)
+    received_EW, sent_EW = left_EW * (world - 1) // world, (left_EW.sum(1, keepdims=True) - left_EW) // world
+    carried_E = np.maximum(received_EW, sent_EW).max(1)
+    waited_E = np.maximum(np.arange(experts + 1) - hidden, 0)
+    total_E = computed_E * compute_ns + carried_E * link_ns + waited_E * copy_ns
+    return hidden + int(total_E[min(hidden, experts) :].argmin())

@@ -196,7 +196,13 @@ class ExpertEngine:
         """
         rows = sum(experts.computed_rows for experts in self.experts)
         ns_per_row = sum(experts.compute_ns for experts in self.experts) // max(1, rows)
-        self.policy.after_step(load_LE, self.layers[0].chunk_bytes, list(self.schedule.free_ns_L), ns_per_row)
+        self.policy.after_step(
+            load_LE,
+            chunk_bytes=self.layers[0].chunk_bytes,
+            row_bytes=self.layers[0].row_bytes,
+            free_ns_L=list(self.schedule.free_ns_L),
+            ns_per_row=ns_per_row,
+        )
         self._steps += 1
         interval = self.config.reshard_interval
         if interval and self._steps % interval == 0:

@@ -53,6 +53,11 @@ class LayerCopies:
         """What one copy is on the way."""
         return self.experts.chunk_numel * self._dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """What one token is on the way."""
+        return self.experts.dim * self._dtype.itemsize
+
     def plan(self, placement: Placement) -> None:
         """Hold what ``placement`` says from the next :meth:`gather` on."""
         if placement != self.placement:
