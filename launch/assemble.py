@@ -70,10 +70,10 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             data = prepare_data(config.data, seq_len=config.train.seq_len, progress=topology.is_first)
         config = with_vocabulary(config, data.tokenizer, checkpoint)
         model, experts = build_model(config, topology, checkpoint)
+        check_in_sync(model, topology)
         parallel = ParallelModel(model, topology, config.parallel, experts)
         held.callback(parallel.close)
         optimizer = build_optimizer(model, config.optim)
-        check_in_sync(model, topology)
         # Before anything in the run directory changes: a damaged checkpoint must leave the others as they are.
         messages = [restore(model, optimizer, checkpoint, topology), *changes] if checkpoint else []
         run_dir = topology.broadcast_object(
@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
             code = trainer.run()
             if topology.is_first and trainer.step == config.train.steps:
                 where = run_dir / MODEL_FOLDER
-                if experts:  # no rank has them all: the checkpoint does
+                if parallel.in_lockstep:  # no rank has the whole model: the checkpoint does
                     saved = read_checkpoint(find_checkpoint(run_dir / CHECKPOINT_FOLDER))
                     export_checkpoint(saved, run_dir / TOKENIZER_FOLDER, where)
                 else:

@@ -134,6 +134,11 @@ class TrainConfig(Section):
             problems.append(
                 f"train.seq_len: {self.train.seq_len} is more than model.max_seq_len {self.model.max_seq_len}"
             )
+        if self.parallel.dense == "fsdp" and self.parallel.mode == "local" and self.model.num_moe_layers:
+            problems.append(
+                "parallel.dense: fsdp needs experts that are spread over ranks, and parallel.mode=local keeps them all"
+                " on every rank; parallel.mode=fsdp slices the whole model, ep, fssdp-keep and fssdp-rm go with it too"
+            )
         tokenizer = self.data.tokenizer
         if (tokenizer.kind == "file") != (tokenizer.path is not None):
             problems.append("data.tokenizer.path: goes with kind: file, and kind: file needs it")

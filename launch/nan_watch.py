@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gates import Gate, GateNumericsError
+from parallel.dense_fsdp import own_part
 
 
 def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
@@ -45,9 +46,12 @@ def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str | N
 
 
 def first_bad_gradient(model: nn.Module) -> str | None:
-    """Name the parameter nearest the loss whose gradient is not finite: where backward went bad first."""
+    """Name the parameter nearest the loss whose gradient is not finite: where backward went bad first.
+
+    Looks at what this rank has of the gradients; no other rank needs to look.
+    """
     for name, param in reversed(list(model.named_parameters())):
-        if param.grad is not None and not bool(torch.isfinite(param.grad).all()):
+        if param.grad is not None and not bool(torch.isfinite(own_part(param.grad)).all()):
             return f"the gradient of {name} is the first (from the loss backwards) that is not finite"
     return None
 

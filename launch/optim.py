@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from launch.config import OptimConfig
 
@@ -17,9 +18,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     here rather than in the first step, so that a checkpoint has the same keys at every step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    # Slices of sharded parameters have groups of their own: no fused operation takes them together with whole ones.
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in params if (p.dim() >= 2) is decays and isinstance(p, DTensor) is sliced],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for sliced in (False, True)
+        for decays in (True, False)
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True

@@ -122,7 +122,7 @@ class GradientReducer:
 def check_in_sync(module: nn.Module, topology: Topology) -> None:
     """Raise RuntimeError when ranks hold different parameters or buffers (compared by a hash of their bits).
 
-    Experts that are spread over ranks are left out: no two ranks hold the same.
+    Experts that are spread over ranks are left out: no two ranks hold the same. Dense parameters must still be whole.
     """
     sharded = {f"{name}.{OWNED_CHUNKS}" for name, part in module.named_modules() if isinstance(part, ShardedExperts)}
     digest = sha256()

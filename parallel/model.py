@@ -1,4 +1,4 @@
-"""A model whose training is spread over ranks: replicated dense parameters, and experts wherever the mode puts them.
+"""A model whose training is spread over ranks: dense parameters replicated or in slices, experts where the mode says.
 
 What the training loop sees of ``parallel``: the events of a step, the one gradient norm, and forward passes in which
 all ranks must take part.
@@ -7,7 +7,7 @@ all ranks must take part.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.dense import GradientReducer
+from parallel.dense_fsdp import ShardedDense
 from parallel.engine import ExpertEngine
 from parallel.placement import Ints
 from parallel.topology import Topology
@@ -25,7 +26,8 @@ class ParallelModel:
     :meth:`grad_norm`, :meth:`clip_`, the optimizer, and :meth:`end_step`.
 
     Args:
-        model: on this rank's device, weights in place.
+        model: on this rank's device, weights in place; ``config.dense`` may slice its parameters, so an optimizer must
+            be built afterwards.
         experts: the engine that its MoE layers were given to; None when every rank computes all experts itself.
     """
 
@@ -34,13 +36,17 @@ class ParallelModel:
     ) -> None:
         self.model, self.topology, self.experts = model, topology, experts
         sharded = set(experts.parameters()) if experts else set()
-        dense = [param for param in model.parameters() if param not in sharded]
-        self.dense = GradientReducer(dense, topology, int(config.bucket_mib * 2**20))
+        self.dense: GradientReducer | ShardedDense
+        if config.dense == "fsdp":
+            self.dense = ShardedDense(model, topology, sharded)
+        else:
+            dense = [param for param in model.parameters() if param not in sharded]
+            self.dense = GradientReducer(dense, topology, int(config.bucket_mib * 2**20))
 
     @property
     def in_lockstep(self) -> bool:
-        """Must all ranks run the same number of forward passes, because tokens travel between them?"""
-        return self.experts is not None
+        """Must all ranks run the same number of forward passes, because none has the whole model?"""
+        return self.experts is not None or isinstance(self.dense, ShardedDense)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -102,11 +108,10 @@ class ParallelModel:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Forward passes without gradients; all ranks must run equally many if :attr:`in_lockstep`."""
-        if self.experts is None:
+        with self.experts.inference() if self.experts else nullcontext():
             yield
-        else:
-            with self.experts.inference():
-                yield
+        if isinstance(self.dense, ShardedDense):
+            self.dense.reshard()
 
     @contextmanager
     def first_rank_computes(self, forward_nothing: Callable[[], object]) -> Iterator[bool]:
@@ -114,7 +119,7 @@ class ParallelModel:
 
         Args:
             forward_nothing: a forward pass without tokens; the other ranks run one for each of the first rank's,
-                because their experts may be asked.
+                because they are asked for experts or slices of parameters.
         """
         if not self.in_lockstep or self.topology.world_size == 1:
             yield self.topology.is_first
@@ -130,7 +135,8 @@ class ParallelModel:
             def announce(_module: nn.Module, _args: object) -> None:
                 self.topology.broadcast_object(True)
 
-            hook = self.model.register_forward_pre_hook(announce)
+            # Before all other hooks: those of sharded parameters already wait for the other ranks.
+            hook = self.model.register_forward_pre_hook(announce, prepend=True)
             try:
                 yield True
             finally:
