@@ -19,7 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.exchange import LinkModel
 from parallel.load_predictor import build_predictor
 from parallel.placement import Ints, Placement
-from parallel.planner import plan_copies, plan_more_copies, plan_spill
+from parallel.planner import even_quotas, plan_copies, plan_more_copies, plan_spill
 from parallel.sharder import plan_owners
 from parallel.topology import Topology
 
@@ -72,7 +72,7 @@ class CopyPolicy:
         mode = self.config.mode
         if mode == "fsdp":
             return [sharding.everywhere() for sharding in shardings]
-        if mode == "ep" or self.config.planner == "spill":
+        if mode == "ep":
             return list(shardings)
         placements = []
         for layer, (sharding, load_E) in enumerate(zip(shardings, self._predictor.predict(), strict=True)):
@@ -94,7 +94,8 @@ class CopyPolicy:
         if self.config.planner == "spill":
             # A copy that moves fewer rows than it costs in time is not worth it.
             least = -(-self._copy_ns // self._row_ns) if self._row_ns else 1
-            spill = plan_spill(placement.sharding(), load_E, self._max_copies, min_rows=least)
+            settled_EW = even_quotas(count_WE, placement, self._node_W)
+            spill = plan_spill(placement, load_E, self._max_copies, settled_EW=settled_EW, min_rows=least)
             return spill.placement, spill.quota_EW
         more = plan_more_copies(
             placement,

@@ -109,20 +109,29 @@ def _share(rows: Ints, parts: Ints, place: Ints, shift: Ints) -> Ints:
 # --- balanced ---------------------------------------------------------------------------------------------------------
 
 
+SWEEPS = 3
+"""Times that copied experts are poured anew; one sweep left ranks up to a third above level, three a few percent."""
+
+
 def quotas(load_E: Ints, placement: Placement) -> Ints:
     """(E, W) rows of each expert that each holder computes, so that the busiest rank has little.
 
-    Experts with one holder go there. Then the others, heaviest first, fill up their holders to a common level.
+    Experts with one holder go there. Then the others, those with fewest holders first, fill up their holders to a
+    common level; and again, each in turn, now that the others lie where they lie.
     """
     quota_EW = np.zeros((placement.num_experts, placement.world_size), dtype=np.int64)
     single = placement.copies_E == 0
     experts = np.arange(placement.num_experts)
     quota_EW[experts[single], placement.owner_E[single]] = load_E[single]
     level_W = quota_EW.sum(0)
-    for expert in sorted(np.flatnonzero(~single), key=lambda e: (-load_E[e], e)):
-        ranks = np.flatnonzero(placement.holders_EW[expert])
-        quota_EW[expert, ranks] = fill_up(level_W[ranks], int(load_E[expert]))
-        level_W += quota_EW[expert]
+    several = np.flatnonzero(~single)
+    order = several[np.lexsort((-load_E[several], placement.copies_E[several]))]
+    for _ in range(SWEEPS):
+        for expert in order:
+            ranks = np.flatnonzero(placement.holders_EW[expert])
+            level_W -= quota_EW[expert]
+            quota_EW[expert, ranks] = fill_up(level_W[ranks], int(load_E[expert]))
+            level_W += quota_EW[expert]
     return quota_EW
 
 

@@ -40,6 +40,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     copies_seed: int | None = 0  # random placements from this seed; None: those of the engine's own planner
     skew: float = 1.0
+    rotate_owners: bool = False  # after each step every expert goes to its neighbour's owner
 
 
 @dataclass
@@ -125,6 +126,8 @@ def train(topology: Topology, case: Case) -> Trained:
         load_LE = topology.sum_(load_LE)
         if engine:
             engine.end_step(load_LE.numpy(), optimizer)
+            if case.rotate_owners:
+                engine.reshard(np.roll(engine.owner_LE, 1, axis=1), optimizer)
         result.curve.append((float(topology.sum_(nats_sum)), float(norm)))
         result.loads.append(load_LE.tolist())
     result.tensors = {key: tensor.detach().clone() for key, tensor in training_tensors(model, optimizer).items()}
