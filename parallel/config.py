@@ -28,7 +28,8 @@ class ParallelConfig(BaseModel):
     )
     planner: Literal["predict", "calibrate", "spill"] = Field(
         "predict",
-        description="fssdp: copies by predicted loads; with more by true loads after the gate; or by true loads alone",
+        description="fssdp: copies by predicted loads (predict); then more by true loads after the gate where they pay"
+        " (calibrate), or as few as level the ranks exactly (spill)",
     )
     overlap_degree: int | Literal["auto"] = Field(
         "auto",
