@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +33,13 @@ from parallel.topology import Topology, connect
 
 
 class Case:
-    """Two ways to move the same bytes, and the bytes that the busiest link must carry."""
+    """Two ways to move the same bytes, the bytes that the busiest link must carry, and all bytes by the formula."""
 
-    def __init__(self, name: str, ours: Callable[[], None], gloo: Callable[[], None], busiest_bytes: int) -> None:
-        self.name, self.ours, self.gloo, self.busiest_bytes = name, ours, gloo, busiest_bytes
+    def __init__(
+        self, name: str, ours: Callable[[], None], gloo: Callable[[], None], busiest_bytes: int, all_bytes: int
+    ) -> None:
+        self.name, self.ours, self.gloo = name, ours, gloo
+        self.busiest_bytes, self.all_bytes = busiest_bytes, all_bytes
 
 
 def density_one(topology: Topology, comm: Communicator, numel: int, schedule: Schedule) -> list[Case]:
@@ -58,8 +62,14 @@ def density_one(topology: Topology, comm: Communicator, numel: int, schedule: Sc
 
     busiest = (world - 1) * numel * 4
     return [
-        Case(f"spAG, density 1 ({schedule.algorithm}) | all_gather_into_tensor", ours, gloo, busiest),
-        Case(f"spRS, density 1 ({schedule.algorithm}) | reduce_scatter_tensor", ours_back, gloo_back, busiest),
+        Case(f"spAG, density 1 ({schedule.algorithm}) | all_gather_into_tensor", ours, gloo, busiest, busiest * world),
+        Case(
+            f"spRS, density 1 ({schedule.algorithm}) | reduce_scatter_tensor",
+            ours_back,
+            gloo_back,
+            busiest,
+            busiest * world,
+        ),
     ]
 
 
@@ -74,7 +84,7 @@ def one_hot(topology: Topology, comm: Communicator, numel: int, schedule: Schedu
         dist.broadcast(chunk, 0)
 
     name = f"one hot expert to all ({schedule.algorithm}, {schedule.pieces} pieces) | broadcast"
-    return [Case(name, ours, gloo, numel * 4)]
+    return [Case(name, ours, gloo, numel * 4, numel * 4 * (topology.world_size - 1))]
 
 
 def tokens(topology: Topology, exchange: RowExchange, rows: int, width: int) -> list[Case]:
@@ -95,7 +105,7 @@ def tokens(topology: Topology, exchange: RowExchange, rows: int, width: int) -> 
 
     away = sent_WW.clone().fill_diagonal_(0)
     busiest = int(torch.cat([away.sum(0), away.sum(1)]).max()) * width * 4
-    return [Case("token exchange, uneven | all_to_all_single", ours, gloo, busiest)]
+    return [Case("token exchange, uneven | all_to_all_single", ours, gloo, busiest, int(away.sum()) * width * 4)]
 
 
 def timed(topology: Topology, run: Callable[[], None]) -> float:
@@ -141,20 +151,32 @@ def main() -> None:
         comm.close()
 
 
+def interface_bytes() -> int:
+    """What this rank's network interface has sent so far, headers included."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text())
+
+
 def measure(topology: Topology, case: Case, rounds: int, link_mbit: float) -> dict[str, object]:
-    """Shares of the link, and how many times as fast, over interleaved rounds."""
+    """Shares of the link, how many times as fast, and bytes on the wire, over interleaved rounds."""
     seconds: dict[str, list[float]] = {"ours": [], "gloo": []}
+    wire = 0
     for index in range(rounds + 1):
         for name, run in (("ours", case.ours), ("gloo", case.gloo)):
+            before = interface_bytes()
             seconds[name].append(timed(topology, run))
+            if index and name == "ours":
+                wire += interface_bytes() - before
         if index == 0:  # the first round warms connections up
             seconds = {"ours": [], "gloo": []}
+    on_the_wire = sum(topology.gather_objects(wire)) / rounds
     ideal_s = case.busiest_bytes * 8 / (link_mbit * 1e6)
     ratios = [gloo / ours for ours, gloo in zip(seconds["ours"], seconds["gloo"], strict=True)]
     return {
         "case": case.name,
         "ours_share": ideal_s / median(seconds["ours"]),
         "gloo_share": ideal_s / median(seconds["gloo"]),
+        "wire_over_formula": on_the_wire / case.all_bytes,
         "times_as_fast": median(ratios),
         "spread": [min(ratios), max(ratios)],
     }
@@ -165,11 +187,11 @@ def report(results: list[dict[str, object]], link: LinkModel, as_json: bool) -> 
         print(json.dumps({"link": link.__dict__, "cases": results}))
         return
     print(f"measured link: {link}")
-    print(f"{'case':70} {'ours':>6} {'gloo':>6}  times as fast")
+    print(f"{'case':70} {'ours':>6} {'gloo':>6}  bytes on the wire  times as fast")
     for r in results:
         low, high = r["spread"]  # type: ignore[misc]
         print(
-            f"{r['case']:70} {r['ours_share']:6.1%} {r['gloo_share']:6.1%}"
+            f"{r['case']:70} {r['ours_share']:6.1%} {r['gloo_share']:6.1%}  {r['wire_over_formula']:17.3f}"
             f"  {r['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
         )
 

@@ -131,15 +131,14 @@ PLANNED = (
 )
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_planner_equals_one_process(world: int) -> None:
     """Also where ranks outnumber experts; the engine decides placements from the loads that it sees."""
-    reference = run_single(train, Case(None, num_experts=3, steps=6))
+    reference = run_single(train, Case(None, num_experts=3, steps=4))
     cases = [
-        Case(mode, micro, num_experts=3, steps=6, copies_seed=None, options=options)
+        Case(mode, micro, num_experts=3, steps=4, copies_seed=None, options=options)
         for options in PLANNED
-        for mode in ("fssdp-keep", "fssdp-rm")
-        for micro in (12, 2)
+        for mode, micro in (("fssdp-keep", 2), ("fssdp-rm", 12), ("fssdp-rm", 1))
     ]
     by_rank = run_distributed(train_all, world, cases)
     moved = {"spAG": 0, "tokens": 0}
