@@ -9,6 +9,7 @@ Every forward pass gathers, so all ranks must run equally many of them, with tok
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import cast
 
@@ -47,15 +48,15 @@ class ShardedDense:
         self.topology = topology
         ignored = set(ignored)
         mesh = init_device_mesh(topology.device.type, (topology.world_size,))
-        self._units: list[FSDPModule] = []
-        for module in (*(part for part in model.modules() if isinstance(part, Block)), model):
+        # Logits are views; the warning is for those who change outputs in place, which nothing here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for module in (*[part for part in model.modules() if isinstance(part, Block)], model):
             unit = fully_shard(module, mesh=mesh, ignored_params=ignored)
             # The one divisor rule: gradients are summed and divided by nothing. FSDP2 would divide by the world size;
             # its factor 1 is a multiplication inside the collective, which gloo has not, unless sums are asked for.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            self._units.append(unit)
-        self._root = self._units[-1]
+        self._root: FSDPModule = unit
         # A parameter that no token of this rank used has a gradient all the same: zeros, and maybe others' sums.
         self._root.set_reduce_scatter_unused_params(True)
         self.params = [param for param in model.parameters() if param.requires_grad and param not in ignored]
