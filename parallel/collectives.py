@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.exchange import Schedule, Transfer
+from parallel.cuda_exchange import CudaRounds
+from parallel.exchange import Schedule, Transfer, piece_of
 from parallel.topology import Topology
 
 STAGING_BYTES = 32 * 2**20
@@ -52,9 +53,10 @@ class Handle:
     waited_s: float = 0.0
     _done: threading.Event = field(default_factory=threading.Event, repr=False)
     _error: BaseException | None = field(default=None, repr=False)
+    _event: torch.cuda.Event | None = field(default=None, repr=False)
 
     def wait(self) -> None:
-        """Return when this rank's part is over; may be called again.
+        """Return when this rank's part is over; may be called again. On CUDA, make the current stream wait for it.
 
         Raises:
             CommunicationError: it failed; names the peer.
@@ -65,6 +67,8 @@ class Handle:
             self.waited_s += time.perf_counter() - begin
         if self._error is not None:
             raise self._error
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
 
     @property
     def duration_s(self) -> float:
@@ -88,8 +92,11 @@ class Communicator:
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world_size = topology.rank, topology.world_size
         self.sent_bytes: Counter[str] = Counter()
-        alone = topology.world_size == 1
-        self._group = group or (None if alone else dist.new_group(backend="gloo", timeout=topology.timeout))
+        self._group, self._cuda = group, None
+        if group is None and topology.world_size > 1:
+            on_cuda = topology.device.type == "cuda"
+            self._group = dist.new_group(backend="nccl" if on_cuda else "gloo", timeout=topology.timeout)
+            self._cuda = CudaRounds(topology.device, self._group) if on_cuda else None
         self._log: list[Handle] = []
         self._jobs: queue.SimpleQueue[tuple[Handle, Callable[[], None]] | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
@@ -132,10 +139,16 @@ class Communicator:
         run: Callable[[list[Transfer], int, Mapping[int, Tensor], str], None],
     ) -> Handle:
         mine = schedule.transfers(self.rank)
-        sent = sum(_piece(chunks[t.expert], t.piece, schedule.pieces).nbytes for t in mine if t.src == self.rank)
+        sent = sum(piece_of(chunks[t.expert], t.piece, schedule.pieces).nbytes for t in mine if t.src == self.rank)
         self.sent_bytes[kind] += sent
         handle = Handle(label, sent, time.perf_counter())
-        if mine:
+        if mine and self._cuda is not None:
+            handle.began_s = handle.submitted_s
+            handle._event = self._cuda.run(mine, self.rank, schedule.pieces, chunks, reduces=schedule.reduces)
+            handle.ended_s = time.perf_counter()  # of queueing; the host does not wait for the device
+            handle._done.set()
+            self._log.append(handle)
+        elif mine:
             self._jobs.put((handle, lambda: run(mine, schedule.pieces, chunks, label)))
         else:  # nothing to send or receive here: over at once, in the same order on every rank all the same
             handle.began_s = handle.ended_s = handle.submitted_s
@@ -162,7 +175,7 @@ class Communicator:
 
     def _gather(self, mine: list[Transfer], pieces: int, chunks: Mapping[int, Tensor], label: str) -> None:
         coming = {
-            (t.expert, t.piece): _Arrival(t, self._receive(t, _piece(chunks[t.expert], t.piece, pieces), pieces))
+            (t.expert, t.piece): _Arrival(t, self._receive(t, piece_of(chunks[t.expert], t.piece, pieces), pieces))
             for t in mine
             if t.dst == self.rank
         }
@@ -172,7 +185,7 @@ class Communicator:
             if t.src == self.rank:
                 if (t.expert, t.piece) in coming:
                     coming[t.expert, t.piece].wait(label)
-                leaving.append((t, self._send(t, _piece(chunks[t.expert], t.piece, pieces), pieces)))
+                leaving.append((t, self._send(t, piece_of(chunks[t.expert], t.piece, pieces), pieces)))
         for arrival in coming.values():
             arrival.wait(label)
         _wait_sent(leaving, label)
@@ -183,21 +196,21 @@ class Communicator:
         leaving = []
         for key, t in parents.items():
             if not missing[key]:
-                leaving.append((t, self._send(t, _piece(chunks[t.expert], t.piece, pieces), pieces)))
+                leaving.append((t, self._send(t, piece_of(chunks[t.expert], t.piece, pieces), pieces)))
         arriving = deque(t for t in mine if t.dst == self.rank)
         posted: deque[tuple[_Arrival, Tensor]] = deque()
         staged_bytes = 0
         while arriving or posted:
             while arriving and (not posted or staged_bytes < STAGING_BYTES):
                 t = arriving.popleft()
-                stage = torch.empty_like(_piece(chunks[t.expert], t.piece, pieces))
+                stage = torch.empty_like(piece_of(chunks[t.expert], t.piece, pieces))
                 posted.append((_Arrival(t, self._receive(t, stage, pieces)), stage))
                 staged_bytes += stage.nbytes
             arrival, stage = posted.popleft()
             arrival.wait(label)
             staged_bytes -= stage.nbytes
             key = (arrival.transfer.expert, arrival.transfer.piece)
-            part = _piece(chunks[key[0]], key[1], pieces)
+            part = piece_of(chunks[key[0]], key[1], pieces)
             part.add_(stage)
             missing[key] -= 1
             if not missing[key] and key in parents:
@@ -239,8 +252,3 @@ def _wait(work: dist.Work, what: str) -> None:
         work.wait()
     except RuntimeError as error:
         raise CommunicationError(f"{what} ({error})") from error
-
-
-def _piece(chunk: Tensor, piece: int, pieces: int) -> Tensor:
-    size = chunk.numel()
-    return chunk[piece * size // pieces : (piece + 1) * size // pieces]

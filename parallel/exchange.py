@@ -22,6 +22,7 @@ from itertools import count, repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from parallel.placement import Placement, PlacementError, check_materialises
 
@@ -42,6 +43,12 @@ class Transfer(NamedTuple):
     piece: int
     src: int
     dst: int
+
+
+def piece_of(chunk: Tensor, piece: int, pieces: int) -> Tensor:
+    """(X,) chunk -> the view of its ``piece``-th of ``pieces`` parts; parts differ by at most one number in size."""
+    size = chunk.numel()
+    return chunk[piece * size // pieces : (piece + 1) * size // pieces]
 
 
 class Edge(NamedTuple):

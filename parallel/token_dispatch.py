@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D width, N rows, E experts, W ranks, e experts compute
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from gates import RoutingPlan
 from moe.dispatch import Dispatched
 from moe.ops.token_permute import RowOrder, combine_rows, gather_rows
+from parallel.chrome_trace import StepRecorder
 from parallel.collectives import CommunicationError
 from parallel.placement import Ints
 from parallel.row_split import RowSplit
@@ -37,12 +39,15 @@ class RowExchange:
 
     Attributes:
         sent_bytes: payload bytes that this rank has sent, by kind.
-        waited_s: how long the caller was held up.
+        waited_s: how long exchanges have held the caller up, later ranks included.
+        recorder: is told of each exchange, if there is one.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.rank, self.world_size = topology.rank, topology.world_size
         self.sent_bytes: Counter[str] = Counter()
+        self.waited_s = 0.0
+        self.recorder: StepRecorder | None = None
         self._group = dist.new_group(timeout=topology.timeout) if topology.world_size > 1 else None
 
     def gather_counts(self, count_E: Tensor, label: str) -> Ints:
@@ -87,9 +92,17 @@ class RowExchange:
         Raises:
             CommunicationError: a rank did not do its part; names it.
         """
+        sent_bytes = sum(part.nbytes for _, part in outgoing)
+        self.sent_bytes[kind] += sent_bytes
+        if any(part.is_cuda for _, part in (*outgoing, *incoming)):
+            calls = [dist.P2POp(dist.irecv, part, group=self._group, group_peer=r) for r, part in incoming]
+            calls += [dist.P2POp(dist.isend, part, group=self._group, group_peer=r) for r, part in outgoing]
+            for call in dist.batch_isend_irecv(calls):
+                call.wait()  # the stream waits, not the host
+            return
+        begin_s = time.perf_counter()
         receives = [(r, dist.irecv(part, group=self._group, group_src=r)) for r, part in incoming]
         sends = [(r, dist.isend(part, group=self._group, group_dst=r)) for r, part in outgoing]
-        self.sent_bytes[kind] += sum(part.nbytes for _, part in outgoing)
         for works, what in ((receives, "did not send its"), (sends, "did not take my")):
             for rank, work in works:
                 try:
@@ -97,6 +110,9 @@ class RowExchange:
                     work.wait()
                 except RuntimeError as error:
                     raise CommunicationError(f"{label}: rank {rank} {what} {kind} ({error})") from error
+        self.waited_s += time.perf_counter() - begin_s
+        if self.recorder:
+            self.recorder.exchanged(label, begin_s, sent_bytes)
 
 
 @dataclass(frozen=True)
