@@ -31,9 +31,11 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.experts import Experts
 from moe.layer import MoELayer
+from parallel.chrome_trace import StepRecorder, TraceEvent
 from parallel.collectives import Communicator
 from parallel.config import ParallelConfig
 from parallel.copy_policy import CopyPolicy
+from parallel.engine_metrics import EngineMeter
 from parallel.exchange import LinkModel, Schedule, choose_pieces, choose_schedule, gather_schedule
 from parallel.layer_copies import LayerCopies
 from parallel.link_profile import MESSAGE_NS, UNLIMITED, measure_link
@@ -57,6 +59,7 @@ class ExpertEngine:
         state: of a run that goes on, from :meth:`state`; owners and measured times are taken over if as many ranks do.
 
     Attributes:
+        meter: counts what happens in training steps.
         planned: P' of each layer for the step, decided in :meth:`begin_step`; may be replaced until the first forward.
 
     Raises:
@@ -116,6 +119,8 @@ class ExpertEngine:
         keep = config.mode in ("ep", "fssdp-keep")
         self.schedule = OverlapSchedule(self.layers, keep=keep, hold=keep and not self.policy.decides_after_gate)
         self.planned = [copies.sharding for copies in self.layers]
+        self.meter = EngineMeter(topology, self.num_experts, self.comm, self.exchange, self.schedule)
+        self._recorder: StepRecorder | None = None
 
     def _connect(self, index: int, layer: MoELayer, sharded: ShardedExperts, copies: LayerCopies) -> None:
         """Tell the schedule of everything that happens in this layer."""
@@ -161,12 +166,15 @@ class ExpertEngine:
             split = split_rows(count_WE, copies.placement, rank, self.node_W, self.config.split)
         else:
             split = split_by_quota(count_WE, quota_EW, rank, self.node_W)
+        if not self._inference and not self.schedule.in_backward:
+            self.meter.placed(index, count_WE, copies.placement, split.received_WE)
         return split, copies.placement.held_by(rank)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """Gradients of owned experts are zero; placements are decided, as far as they do not wait for the gate."""
+        self.meter.step_begins()
         for experts in self.experts:
             experts.zero_grad_chunks()
             experts.compute_ns = experts.computed_rows = 0
@@ -187,6 +195,7 @@ class ExpertEngine:
     def finish(self) -> None:
         """Wait until the gradients of owned experts are complete."""
         self.schedule.step_ends()
+        self.meter.gradients_complete()
 
     def end_step(self, load_LE: Ints, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped: take notice of the global loads and move experts to new owners if that is due.
@@ -207,6 +216,10 @@ class ExpertEngine:
         interval = self.config.reshard_interval
         if interval and self._steps % interval == 0:
             self.reshard(self.policy.owners(self.owner_LE, self._slots_W), optimizer)
+        collectives = self.meter.step_ends()
+        if self._recorder:
+            self._recorder.reached("optimizer")
+            self._recorder.collectives(collectives)
 
     def reshard(self, owner_LE: Ints, optimizer: torch.optim.Optimizer) -> int:
         """Give experts to new owners, with their optimizer state; between two steps.
@@ -264,6 +277,17 @@ class ExpertEngine:
     def sent_bytes(self) -> Counter[str]:
         """Payload bytes that this rank has sent so far, by kind: spAG, spRS, tokens, counts."""
         return self.comm.sent_bytes + self.exchange.sent_bytes
+
+    def begin_trace(self) -> None:
+        """Note the events of the step that is about to begin."""
+        self._recorder = self.schedule.recorder = self.exchange.recorder = StepRecorder()
+
+    def take_trace(self) -> list[TraceEvent]:
+        """This rank's events since :meth:`begin_trace`; no more are noted."""
+        assert self._recorder is not None, "begin_trace was not called"
+        events = self._recorder.events
+        self._recorder = self.schedule.recorder = self.exchange.recorder = None
+        return events
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep so that a resumed run places experts as the uninterrupted one; JSON-able."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from parallel.chrome_trace import StepRecorder
 from parallel.layer_copies import LayerCopies
 
 
@@ -26,6 +27,8 @@ class OverlapSchedule:
 
     Attributes:
         in_backward: between :meth:`backward_begins` and :meth:`backward_ends`; forward passes then are recomputed ones.
+        peak_copy_bytes: most memory of copies and their gradients at once, since somebody set it to 0.
+        recorder: is told of each event, if there is one.
         free_ns_L: (L,) how long the link was free before the tokens of each layer, in the last forward pass.
 
     Args:
@@ -37,6 +40,8 @@ class OverlapSchedule:
     def __init__(self, layers: Sequence[LayerCopies], *, keep: bool, hold: bool) -> None:
         self.layers, self.keep, self.hold = layers, keep, hold
         self.free_ns_L = [0] * len(layers)
+        self.peak_copy_bytes = 0
+        self.recorder: StepRecorder | None = None
         self._free_since_ns = 0
         self._last_micro_batch = True
         self.in_backward = False
@@ -47,6 +52,8 @@ class OverlapSchedule:
     def forward_begins(self, last_micro_batch: bool) -> None:
         """A micro-batch begins: the first layer's copies travel under the embedding and the first attention."""
         self._last_micro_batch, self.in_backward = last_micro_batch, False
+        if self.recorder:
+            self.recorder.forward_begins()
         self._free_since_ns = time.perf_counter_ns()
         self.layers[0].gather()
 
@@ -57,7 +64,12 @@ class OverlapSchedule:
 
     def weights_needed(self, layer: int) -> None:
         """Tokens are here, experts are about to compute: what has not arrived by now is exposed."""
+        begin_s = time.perf_counter()
         self.layers[layer].wait()
+        self._note_memory()
+        if self.recorder:
+            label = self.layers[layer].label
+            self.recorder.waited(f"{label} wait for copies", begin_s, before=f"{label} place rows")
 
     def outputs_home(self, layer: int) -> None:
         """The layer's part of forward is over: the link is free for the next layer's copies."""
@@ -76,9 +88,12 @@ class OverlapSchedule:
         """The loss is known."""
         self.in_backward = True
         self._unreduced = set(range(len(self.layers)))
+        if self.recorder:
+            self.recorder.backward_begins()
 
     def gradients_home(self, layer: int) -> None:
         """The layer's part of backward is over: copies for the layer below come first, they are needed sooner."""
+        self._note_memory()
         if self._last_micro_batch or not self.hold:
             self.layers[layer].release()
         if not self.keep and layer > 0:
@@ -90,11 +105,20 @@ class OverlapSchedule:
         for layer in sorted(self._unreduced, reverse=True):
             self.gradients_home(layer)
         self.in_backward = False
+        if self.recorder:
+            self.recorder.backward_ends()
 
     def step_ends(self) -> None:
         """All gradients of owned experts are complete when this returns."""
+        begin_s = time.perf_counter()
         for layer in reversed(self.layers):
             layer.finish()
+        if self.recorder:
+            self.recorder.waited("wait for gradients of copies", begin_s, before="gradients of dense parameters")
+
+    def _note_memory(self) -> None:
+        here_bytes = sum(layer.experts.copy_bytes for layer in self.layers)
+        self.peak_copy_bytes = max(self.peak_copy_bytes, here_bytes)
 
     def _reduce(self, layer: int) -> None:
         self._unreduced.discard(layer)
