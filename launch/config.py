@@ -99,6 +99,12 @@ class TrackConfig(Section):
     heatmap_interval: int = Field(
         100, ge=0, description="steps between layer x expert load heatmaps; 0: only at the end"
     )
+    load_trace: bool = Field(
+        False, description="record how many rows each rank had for each expert, step by step, in RUN/loads.trace"
+    )
+    chrome_trace_step: int | None = Field(
+        None, ge=1, description="write what each rank and link did in this step to RUN/step_N.trace.json; null: none"
+    )
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "moeyard"
@@ -139,7 +145,22 @@ class TrainConfig(Section):
                 "parallel.dense: fsdp needs experts that are spread over ranks, and parallel.mode=local keeps them all"
                 " on every rank; parallel.mode=fsdp slices the whole model, ep, fssdp-keep and fssdp-rm go with it too"
             )
+        problems += self._check_tracking()
         tokenizer = self.data.tokenizer
         if (tokenizer.kind == "file") != (tokenizer.path is not None):
             problems.append("data.tokenizer.path: goes with kind: file, and kind: file needs it")
+        return problems
+
+    def _check_tracking(self) -> list[str]:
+        problems = []
+        step, steps = self.track.chrome_trace_step, self.train.steps
+        if self.track.load_trace and not self.model.num_moe_layers:
+            problems.append("track.load_trace: the model has no MoE layer whose loads could be recorded")
+        if step is not None and (self.parallel.mode == "local" or not self.model.num_moe_layers):
+            problems.append(
+                "track.chrome_trace_step: shows the engine of experts spread over ranks; there is none with"
+                " parallel.mode=local or without MoE layers"
+            )
+        if step is not None and step > steps:
+            problems.append(f"track.chrome_trace_step: step {step} never comes, train.steps is {steps}")
         return problems

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parallel.engine_metrics import EngineMetrics
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class LogRecord:
         dropped_fraction: pairs that capacity dropped, as a share.
         memory_gib: peak of this rank: device memory on CUDA, resident set on CPU.
         phase_s: seconds per step by phase (data, forward, backward, reduce, optimizer, log, checkpoint, ...).
+        engine: what spreading experts over ranks levelled, moved and cost; None in mode local. After a resume it begins
+            at the step that was resumed from, as all times do.
     """
 
     step: int
@@ -66,6 +72,7 @@ class LogRecord:
     memory_gib: float
     load_LE: list[list[int]]
     phase_s: Mapping[str, float]
+    engine: EngineMetrics | None = None
 
 
 @dataclass(frozen=True)

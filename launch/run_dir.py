@@ -1,7 +1,7 @@
 """The run directory: what a run is called, where its files are, and finding it again.
 
 ``runs/<name>-<yyyymmdd-hhmmss>/`` holds config.yaml, command.txt, env.json, metrics.jsonl, log.txt, heatmaps/,
-tensorboard/, checkpoints/, tokenizer/ and, at the end, model/.
+tensorboard/, checkpoints/, tokenizer/, where asked for loads.trace and step_N.trace.json, and, at the end, model/.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from launch.config_file import dump_config
 from moe.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+LOAD_TRACE_FILE = "loads.trace"
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"

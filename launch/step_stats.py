@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe import ModelOutput
@@ -22,7 +24,8 @@ class StepStats:
 
     After :meth:`reduce`: ``loss`` is nats per token over the global batch; ``load_LE`` and ``offered_LE`` are global
     integer loads; ``stop`` and ``bad`` are true when any rank said so; ``scalars_L`` holds per layer the aux losses
-    ("aux/<name>") and gate metrics ("gate/<name>"), means over the step.
+    ("aux/<name>") and gate metrics ("gate/<name>"), means over the step. ``load_LWE`` holds loads by rank
+    (W) where the trainer records them.
     """
 
     def __init__(self, num_moe_layers: int, num_experts: int) -> None:
@@ -33,6 +36,7 @@ class StepStats:
         self.load_LE = torch.zeros(num_moe_layers, num_experts, dtype=torch.int64)
         self.offered_LE = torch.zeros_like(self.load_LE)
         self.scalars_L: list[dict[str, float]] = [{} for _ in range(num_moe_layers)]
+        self.load_LWE: NDArray[np.int64] | None = None
         self._micro_batches = 0
 
     @property

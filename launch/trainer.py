@@ -32,6 +32,7 @@ from moe.errors import CheckpointError, NumericsError
 from moe.generate import SamplingParams, generate
 from moe.transformer import ForwardContext, ModelOutput, next_token_loss
 from parallel.checkpoint import CheckpointWriter, training_tensors
+from parallel.chrome_trace import chrome_trace
 from parallel.model import ParallelModel
 from parallel.topology import Topology
 
@@ -91,11 +92,18 @@ class Trainer:
         config, begun = self.config, time.perf_counter() - self.elapsed_s
         self._since_log = (time.perf_counter(), self.step)
         while self.step < config.train.steps:
+            traced = self.step + 1 == config.track.chrome_trace_step
+            if traced:
+                self.parallel.begin_trace()
             stats = self._train_step()
             self.step += 1
             self.elapsed_s = time.perf_counter() - begun
             self.interval.add(stats)
             self.callbacks.on_step(self.step)
+            if stats.load_LWE is not None:
+                self.callbacks.on_loads(self.step, stats.load_LWE)
+            if traced:
+                self.callbacks.on_step_trace(self.step, chrome_trace(self.parallel.take_trace()))
             last = self.step == config.train.steps
             if _due(self.step, config.track.log_interval) or last:
                 with self.timer.phase("log"):
@@ -148,6 +156,8 @@ class Trainer:
         with timer.phase("reduce"):
             stats.stop = self.interrupt.requested
             self.parallel.finish()
+            if self.config.track.load_trace:
+                stats.load_LWE = self.parallel.loads_by_rank(stats.load_LE)
             stats.reduce(self.topology)
         with timer.phase("optimizer"):
             norm = self.parallel.grad_norm()
@@ -216,6 +226,7 @@ class Trainer:
             memory_gib=peak_memory_gib(self.topology.device),
             load_LE=self.interval.load_LE,
             phase_s={name: seconds / steps for name, seconds in sorted(self.timer.take().items())},
+            engine=self.parallel.take_metrics(),
         )
         self.interval = Interval()
         self._since_log = (now, self.step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from parallel.collectives import Handle
@@ -44,15 +44,15 @@ class TraceEvent:
     sent_bytes: int | None = None
 
 
-@dataclass
 class StepRecorder:
     """Notes the events of one step on one rank. Times that it is given are of ``time.perf_counter``."""
 
-    events: list[TraceEvent] = field(default_factory=list)
-    _wall_s: float = field(default_factory=lambda: time.time() - time.perf_counter())
-    _since_s: float = field(default_factory=time.perf_counter)
-    _in_backward: bool = False
-    _above: str = ""  # what backward computes until the next layer's experts are reached
+    def __init__(self) -> None:
+        self.events: list[TraceEvent] = []
+        self._since_s = time.perf_counter()
+        self._wall_s = time.time() - self._since_s
+        self._in_backward = False
+        self._above = ""  # what backward computes until the next layer's experts are reached
 
     def forward_begins(self) -> None:
         """A micro-batch begins; what came before, in this step, is no part of a forward or backward pass."""

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parallel.chrome_trace import TraceEvent
 from parallel.config import ParallelConfig
 from parallel.dense import GradientReducer
 from parallel.dense_fsdp import ShardedDense
 from parallel.engine import ExpertEngine
+from parallel.engine_metrics import EngineMetrics
 from parallel.placement import Ints
 from parallel.topology import Topology
 
@@ -97,6 +100,34 @@ class ParallelModel:
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint must keep besides tensors; None where that is nothing."""
         return self.experts.state() if self.experts else None
+
+    # --- what can be seen of it -----------------------------------------------------------------------------------
+
+    def take_metrics(self) -> EngineMetrics | None:
+        """What the experts' engine did since the last call; None without one. Collective."""
+        return self.experts.meter.take() if self.experts else None
+
+    def loads_by_rank(self, load_LE: Tensor) -> Ints:
+        """(L, W, E) rows that each rank had for each expert in the step. Collective.
+
+        Args:
+            load_LE: (L, E) those of this rank.
+        """
+        if self.experts:
+            return self.experts.meter.count_LWE
+        count_LWE = torch.zeros(load_LE.shape[0], self.topology.world_size, load_LE.shape[1], dtype=torch.int64)
+        count_LWE[:, self.topology.rank] = load_LE.cpu()
+        counts: Ints = np.asarray(self.topology.sum_(count_LWE))
+        return counts
+
+    def begin_trace(self) -> None:
+        """Note when what happens in the step that is about to begin."""
+        if self.experts:
+            self.experts.begin_trace()
+
+    def take_trace(self) -> list[list[TraceEvent]]:
+        """Events since :meth:`begin_trace` by rank, on every rank. Collective."""
+        return self.topology.gather_objects(self.experts.take_trace() if self.experts else [])
 
     def close(self) -> None:
         """End background threads."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from launch.records import EvalRecord, LogRecord, RunInfo, SampleRecord
 
@@ -17,6 +21,12 @@ class Callback:
 
     def on_step(self, step: int) -> None:
         """An optimizer step is done; called every step, so it must be cheap."""
+
+    def on_loads(self, step: int, count_LWE: NDArray[np.int64]) -> None:
+        """With track.load_trace, every step: (L, W, E) rows that each rank had for each expert of each layer."""
+
+    def on_step_trace(self, step: int, trace: dict[str, Any]) -> None:
+        """With track.chrome_trace_step, once: a trace in Chrome's format."""
 
     def on_log(self, record: LogRecord) -> None:
         """A log interval is over."""
@@ -53,6 +63,12 @@ class CallbackList(Callback):
 
     def on_step(self, step: int) -> None:
         self._tell(lambda callback: callback.on_step(step))
+
+    def on_loads(self, step: int, count_LWE: NDArray[np.int64]) -> None:
+        self._tell(lambda callback: callback.on_loads(step, count_LWE))
+
+    def on_step_trace(self, step: int, trace: dict[str, Any]) -> None:
+        self._tell(lambda callback: callback.on_step_trace(step, trace))
 
     def on_log(self, record: LogRecord) -> None:
         self._tell(lambda callback: callback.on_log(record))

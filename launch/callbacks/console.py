@@ -106,10 +106,16 @@ class ConsoleLog(Callback):
 
 def format_log(record: LogRecord, steps: int) -> str:
     """One log line; every number in it is one of the record's."""
+    ranks = ""
+    if record.engine is not None:
+        ranks = f"  ranks {record.engine.imbalance_before:.2f}->{record.engine.imbalance_after:.2f}"
+        if record.engine.hidden_share is not None:
+            ranks += f"  hid {record.engine.hidden_share:.0%}"
     return (
         f"step {record.step}/{steps} {record.step / steps:4.0%}  loss {record.loss:.4f}  gnorm {record.grad_norm:.2f}"
         f"  lr {record.lr:.2e}  {record.tokens_per_s:,.0f} tok/s  imb {record.imbalance:.2f}"
-        f"  drop {record.dropped_fraction:.1%}  mem {record.memory_gib:.2f} GiB  eta {format_duration(record.eta_s)}"
+        f"{ranks}  drop {record.dropped_fraction:.1%}  mem {record.memory_gib:.2f} GiB"
+        f"  eta {format_duration(record.eta_s)}"
     )
 
 

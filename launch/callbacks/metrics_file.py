@@ -25,7 +25,10 @@ class MetricsFile(Callback):
         self._write("start", {"step": info.start_step, **row, "run_dir": str(info.run_dir)})
 
     def on_log(self, record: LogRecord) -> None:
-        self._write("train", asdict(record))
+        row = asdict(record)
+        if record.engine is None:
+            del row["engine"]
+        self._write("train", row)
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", asdict(record))

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from launch.heatmap import load_ratio
 from launch.records import EvalRecord, LogRecord
+
+if TYPE_CHECKING:
+    from parallel.engine_metrics import EngineMetrics
 
 
 def normalized_entropy(load_LE: Sequence[Sequence[int]]) -> float:
@@ -58,7 +62,23 @@ def train_values(record: LogRecord, moe_layers: Sequence[int]) -> dict[str, floa
         worst_L = load_ratio(record.load_LE).max(axis=1).tolist()
         for layer, worst in zip(moe_layers, worst_L, strict=True):
             values[f"imbalance_by_layer/layer_{layer:02d}"] = worst
+    if record.engine is not None:
+        values |= engine_values(record.engine)
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def engine_values(engine: EngineMetrics) -> dict[str, float]:
+    """Scalars of how experts are spread over ranks, by tracker name; bytes and seconds are per step."""
+    values = {
+        "ranks/imbalance_before": engine.imbalance_before,
+        "ranks/imbalance_after": engine.imbalance_after,
+        "ranks/copies": float(sum(engine.copies_L)),
+        "ranks/copy_peak_gib": engine.copy_peak_bytes / 2**30,
+        "ranks/copies_hidden_s": engine.copies_hidden_s,
+        "ranks/copies_exposed_s": engine.copies_exposed_s,
+        "ranks/tokens_waited_s": engine.tokens_waited_s,
+    }
+    return values | {f"ranks/sent_mib/{kind}": sent / 2**20 for kind, sent in engine.sent_bytes.items()}
 
 
 def eval_values(record: EvalRecord) -> dict[str, float]:
