@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe.errors import CheckpointError
 from moe.experts import ExpertBank
+from parallel.dense_fsdp import own_part
 from parallel.topology import Topology
 
 FORMAT = "moeyard-checkpoint"
@@ -42,6 +43,8 @@ DCP_ERRORS = (Exception, CheckpointException)
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """Every tensor of a training state by its placement-free key; the values are views of the live tensors.
+
+    Where dense parameters are sliced, the values are ``DTensor``: of the whole shape, with this rank's slice in them.
 
     Stacked expert tensors are split along their first dimension, one key an expert. 0-d optimizer state (the step)
     is kept whole.
@@ -191,7 +194,7 @@ class CheckpointWriter:
                 self._delete_old()
                 self.on_saved(step, final)
             return
-        needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        needed_bytes = sum(own_part(tensor).nbytes for tensor in tensors.values())
         free_bytes = shutil.disk_usage(self.directory).free if self.directory.is_dir() else needed_bytes
         if free_bytes < needed_bytes and "No space left" not in cause:
             # torch's file writer hides the operating system's reason behind one of its own.

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from moe.errors import ConfigError
 from moe.experts import Experts
 from moe.transformer import Block
 from parallel.topology import Topology
@@ -36,8 +37,8 @@ class ShardedDense:
         ignored: parameters that stay as they are.
 
     Raises:
-        ValueError: there are experts that no :class:`parallel.engine.ExpertEngine` has spread over ranks, or a
-            parameter has no dimension to slice.
+        ValueError: there are experts that no :class:`parallel.engine.ExpertEngine` has spread over ranks.
+        ConfigError: a parameter has no dimension to slice; names it.
     """
 
     def __init__(self, model: nn.Module, topology: Topology, ignored: Collection[nn.Parameter] = ()) -> None:
@@ -45,8 +46,16 @@ class ShardedDense:
             if isinstance(module, Experts):
                 # A slice of a stack of experts is not what checkpoints know of them.
                 raise ValueError(f"{name}: experts are on every rank, spread them with an ExpertEngine first")
-        self.topology = topology
         ignored = set(ignored)
+        scalars = [name for name, param in model.named_parameters() if param.dim() == 0 and param not in ignored]
+        if scalars:
+            raise ConfigError(
+                [
+                    f"parallel.dense: fsdp cannot slice {name}, which has no dimension; make its shape (1,)"
+                    for name in scalars
+                ]
+            )
+        self.topology = topology
         mesh = init_device_mesh(topology.device.type, (topology.world_size,))
         # Logits are views; the warning is for those who change outputs in place, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

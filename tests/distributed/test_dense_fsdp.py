@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from launch.nan_watch import first_bad_gradient
 from launch.optim import build_optimizer
 from moe import Transformer
 from moe.config import ModelConfig
+from moe.errors import ConfigError
 from moe.transformer import ForwardContext, next_token_loss
 from parallel.checkpoint import CheckpointWriter, load_tensors, read_checkpoint, training_tensors
 from parallel.config import ParallelConfig
@@ -26,7 +27,7 @@ from parallel.dense_fsdp import ShardedDense
 from parallel.engine import ExpertEngine
 from parallel.model import ParallelModel
 from parallel.topology import Topology
-from tests.expert_training import LENGTH, ROWS, VOCAB, Case, Trained, batch, build, train, worst_error
+from tests.expert_training import LENGTH, ROWS, VOCAB, Case, Trained, batch, build, together, train, worst_error
 from tests.harness import run_distributed, run_single
 
 pytestmark = pytest.mark.distributed
@@ -39,14 +40,6 @@ class Spread:
     model: Transformer
     parallel: ParallelModel
     optimizer: torch.optim.Optimizer
-
-
-@dataclass
-class Outcome:
-    """What one rank saw: see :class:`Trained`; ``tensors`` are whole wherever they were in slices."""
-
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def spread(topology: Topology, case: Case, dense: str = "fsdp") -> Spread:
@@ -91,7 +84,7 @@ def whole_tensors(it: Spread) -> dict[str, Tensor]:
     return {k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for k, t in tensors.items()}
 
 
-def train_sliced(topology: Topology, cases: list[Case]) -> list[Outcome]:
+def train_sliced(topology: Topology, cases: list[Case]) -> list[Trained]:
     """All ``cases`` one after another; new memory is filled with NaN first."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -99,21 +92,12 @@ def train_sliced(topology: Topology, cases: list[Case]) -> list[Outcome]:
     for case in cases:
         it = spread(topology, case)
         curve = [step(topology, case, it, index) for index in range(case.steps)]
-        outcomes.append(Outcome(curve, whole_tensors(it)))
+        outcomes.append(Trained(curve, whole_tensors(it), Counter(), []))
         it.parallel.close()
     return outcomes
 
 
-def together(outcomes: list[Outcome]) -> dict[str, Tensor]:
-    whole: dict[str, Tensor] = {}
-    for outcome in outcomes:
-        for key, tensor in outcome.tensors.items():
-            assert key not in whole or torch.equal(whole[key], tensor), key
-            whole[key] = tensor
-    return whole
-
-
-def agree(outcomes: list[Outcome], reference: Trained, tolerance: float) -> None:
+def agree(outcomes: list[Trained], reference: Trained, tolerance: float) -> None:
     assert worst_error(together(outcomes), reference.tensors) < tolerance
     for outcome in outcomes:
         assert len(outcome.curve) == len(reference.curve)
@@ -285,12 +269,12 @@ def save(topology: Topology, folder: Path, dense: str, mode: str) -> dict[str, T
     return saved
 
 
-def load(topology: Topology, folder: Path, dense: str, mode: str) -> Outcome:
+def load(topology: Topology, folder: Path, dense: str, mode: str) -> Trained:
     """The state as loaded, and the next step from it."""
     case = Case(mode, 4)
     it = spread(topology, case, dense)
     load_tensors(read_checkpoint(folder / "step_000002"), training_tensors(it.model, it.optimizer), topology)
-    outcome = Outcome(tensors=whole_tensors(it))
+    outcome = Trained([], whole_tensors(it), Counter(), [])
     outcome.curve.append(step(topology, case, it, 2))
     it.parallel.close()
     return outcome
@@ -316,11 +300,11 @@ def test_pain_5_a_checkpoint_knows_nothing_of_slices(
         assert outcome.curve[0] == pytest.approx(plain.curve[2], rel=1e-10)
 
 
-def sample_and_train(topology: Topology) -> tuple[list[Tensor], Outcome]:
+def sample_and_train(topology: Topology) -> tuple[list[Tensor], Trained]:
     """The first rank alone runs forward passes, three of them, between two steps."""
     case = Case("ep", 4, steps=2)
     it = spread(topology, case)
-    outcome, logits = Outcome(), []
+    outcome, logits = Trained([], {}, Counter(), []), []
     nothing = torch.zeros(0, 1, dtype=torch.int64)
     for index in range(2):
         outcome.curve.append(step(topology, case, it, index))
@@ -394,9 +378,13 @@ def test_a_model_without_experts_is_sliced_whole() -> None:
             assert got == pytest.approx(wanted, rel=1e-10)
 
 
-def test_experts_that_are_on_every_rank_are_refused() -> None:
+def test_what_cannot_be_sliced_is_refused() -> None:
     (problem,) = TrainConfig.model_validate({"parallel": {"dense": "fsdp"}}).check()
     assert problem.startswith("parallel.dense: fsdp needs experts that are spread over ranks")
     assert TrainConfig.model_validate({"parallel": {"dense": "fsdp", "mode": "fsdp"}}).check() == []
+    temperature = nn.Module()
+    temperature.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises(ConfigError, match="cannot slice temperature, which has no dimension"):
+        run_single(lambda topology: ShardedDense(temperature, topology))
     with pytest.raises(ValueError, match=r"blocks\.0\.moe\.experts: experts are on every rank"):
         run_single(spread, Case("local"))
