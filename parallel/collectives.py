@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from parallel.cuda_exchange import CudaRounds
 from parallel.exchange import Schedule, Transfer, piece_of
+from parallel.partial_sums import PartialSums
 from parallel.topology import Topology
 
-STAGING_BYTES = 32 * 2**20
+STAGING_BYTES = 8 * 2**20
 """How much a rank receives ahead of adding it up."""
 
 
@@ -71,6 +73,11 @@ class Handle:
             torch.cuda.current_stream().wait_event(self._event)
 
     @property
+    def done(self) -> bool:
+        """Is this rank's part over? On CUDA: queued."""
+        return self._done.is_set()
+
+    @property
     def duration_s(self) -> float:
         """Seconds from its first byte to its last on this rank."""
         return self.ended_s - self.began_s
@@ -113,12 +120,16 @@ class Communicator:
         """
         return self._submit("spAG", schedule, chunks, label, self._gather)
 
-    def reduce(self, schedule: Schedule, chunks: Mapping[int, Tensor], label: str = "spRS") -> Handle:
+    def reduce(
+        self, schedule: Schedule, chunks: Mapping[int, Tensor], label: str = "spRS", dtype: torch.dtype | None = None
+    ) -> Handle:
         """Run an spRS schedule: afterwards the owner's chunk is the sum over its holders.
 
-        The chunks of other holders hold partial sums then and are theirs to free. Arguments as in :meth:`gather`.
+        Args:
+            schedule, chunks: as in :meth:`gather`, but chunks of copies may be of a narrower dtype than owned ones.
+            dtype: of owned chunks, in which sums are made and travel; None: all chunks are of one dtype.
         """
-        return self._submit("spRS", schedule, chunks, label, self._reduce)
+        return self._submit("spRS", schedule, chunks, label, partial(self._reduce, dtype=dtype), dtype)
 
     def take_log(self) -> list[Handle]:
         """Finished collectives since the last call."""
@@ -137,14 +148,19 @@ class Communicator:
         chunks: Mapping[int, Tensor],
         label: str,
         run: Callable[[list[Transfer], int, Mapping[int, Tensor], str], None],
+        dtype: torch.dtype | None = None,
     ) -> Handle:
         mine = schedule.transfers(self.rank)
-        sent = sum(piece_of(chunks[t.expert], t.piece, schedule.pieces).nbytes for t in mine if t.src == self.rank)
+        sent = sum(
+            piece.numel() * (dtype or piece.dtype).itemsize
+            for piece in (piece_of(chunks[t.expert], t.piece, schedule.pieces) for t in mine if t.src == self.rank)
+        )
         self.sent_bytes[kind] += sent
         handle = Handle(label, sent, time.perf_counter())
         if mine and self._cuda is not None:
             handle.began_s = handle.submitted_s
-            handle._event = self._cuda.run(mine, self.rank, schedule.pieces, chunks, reduces=schedule.reduces)
+            sums = PartialSums(chunks, schedule.pieces, dtype) if schedule.reduces else None
+            handle._event = self._cuda.run(mine, self.rank, schedule.pieces, chunks, sums)
             handle.ended_s = time.perf_counter()  # of queueing; the host does not wait for the device
             handle._done.set()
             self._log.append(handle)
@@ -169,7 +185,9 @@ class Communicator:
                 self._failed = self._failed or error
             handle.ended_s = time.perf_counter()
             self._log.append(handle)
-            handle._done.set()
+            handle_done = handle._done
+            del job, run, handle  # or the chunks' memory would be kept until the next collective
+            handle_done.set()
 
     # --- on gloo: everything that can go is under way at once -----------------------------------------------------
 
@@ -190,32 +208,51 @@ class Communicator:
             arrival.wait(label)
         _wait_sent(leaving, label)
 
-    def _reduce(self, mine: list[Transfer], pieces: int, chunks: Mapping[int, Tensor], label: str) -> None:
+    def _reduce(
+        self, mine: list[Transfer], pieces: int, chunks: Mapping[int, Tensor], label: str, dtype: torch.dtype | None
+    ) -> None:
+        sums = PartialSums(chunks, pieces, dtype)
         missing = Counter((t.expert, t.piece) for t in mine if t.dst == self.rank)
         parents = {(t.expert, t.piece): t for t in mine if t.src == self.rank}
-        leaving = []
-        for key, t in parents.items():
-            if not missing[key]:
-                leaving.append((t, self._send(t, piece_of(chunks[t.expert], t.piece, pieces), pieces)))
         arriving = deque(t for t in mine if t.dst == self.rank)
-        posted: deque[tuple[_Arrival, Tensor]] = deque()
-        staged_bytes = 0
-        while arriving or posted:
-            while arriving and (not posted or staged_bytes < STAGING_BYTES):
+        arrivals: deque[tuple[_Arrival, Tensor]] = deque()
+        leaves = deque(t for key, t in parents.items() if not missing[key])
+        widened: deque[tuple[Transfer, dist.Work, int]] = deque()
+        leaving = []
+        coming_bytes = widened_bytes = 0
+        while leaves or arriving or arrivals:
+            while arriving and (not arrivals or coming_bytes < STAGING_BYTES):
                 t = arriving.popleft()
-                stage = torch.empty_like(piece_of(chunks[t.expert], t.piece, pieces))
-                posted.append((_Arrival(t, self._receive(t, stage, pieces)), stage))
-                staged_bytes += stage.nbytes
-            arrival, stage = posted.popleft()
+                stage = sums.room(t)
+                arrivals.append((_Arrival(t, self._receive(t, stage, pieces)), stage))
+                coming_bytes += stage.nbytes
+            while leaves and widened_bytes < STAGING_BYTES:
+                t = leaves.popleft()
+                part = sums.take(t)
+                work = self._send(t, part, pieces)
+                if sums.widens(t):
+                    widened.append((t, work, part.nbytes))
+                    widened_bytes += part.nbytes
+                else:
+                    leaving.append((t, work))
+            if leaves and (not arrivals or leaves[0] < arrivals[0][0].transfer):
+                # Every rank waits in canonical order. So the first transfer that is not over is under way on both of
+                # its sides, and nobody waits in a circle.
+                t, work, size = widened.popleft()
+                _wait_sent([(t, work)], label)
+                widened_bytes -= size
+                continue
+            if not arrivals:
+                continue
+            arrival, stage = arrivals.popleft()
             arrival.wait(label)
-            staged_bytes -= stage.nbytes
+            coming_bytes -= stage.nbytes
+            sums.add(arrival.transfer, stage)
             key = (arrival.transfer.expert, arrival.transfer.piece)
-            part = piece_of(chunks[key[0]], key[1], pieces)
-            part.add_(stage)
             missing[key] -= 1
             if not missing[key] and key in parents:
-                leaving.append((parents[key], self._send(parents[key], part, pieces)))
-        _wait_sent(leaving, label)
+                leaving.append((parents[key], self._send(parents[key], sums.take(parents[key]), pieces)))
+        _wait_sent([*leaving, *((t, work) for t, work, _ in widened)], label)
 
     # A tag for each piece: between two ranks, messages may then overtake each other within a collective.
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.exchange import Transfer, piece_of
+from parallel.partial_sums import PartialSums
 
 
 class CudaRounds:
@@ -28,19 +29,24 @@ class CudaRounds:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def run(
-        self, mine: Sequence[Transfer], rank: int, pieces: int, chunks: Mapping[int, Tensor], *, reduces: bool
+        self,
+        mine: Sequence[Transfer],
+        rank: int,
+        pieces: int,
+        chunks: Mapping[int, Tensor],
+        sums: PartialSums | None = None,
     ) -> torch.cuda.Event:
         """Queue this rank's part of a schedule behind what the current stream has queued; returns its end.
 
         Args:
             mine: transfers of ``rank`` in canonical order.
             chunks: by expert, flat.
-            reduces: add what comes instead of storing it; sums run in canonical order.
+            sums: add what comes, in canonical order, instead of storing it.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _, transfers in groupby(mine, key=lambda t: t.round):
-                self._round(list(transfers), rank, pieces, chunks, reduces)
+                self._round(list(transfers), rank, pieces, chunks, sums)
             for chunk in chunks.values():
                 chunk.record_stream(self._stream)  # its memory must not be given away while this stream uses it
             done = torch.cuda.Event()
@@ -48,19 +54,24 @@ class CudaRounds:
         return done
 
     def _round(
-        self, transfers: list[Transfer], rank: int, pieces: int, chunks: Mapping[int, Tensor], reduces: bool
+        self,
+        transfers: list[Transfer],
+        rank: int,
+        pieces: int,
+        chunks: Mapping[int, Tensor],
+        sums: PartialSums | None,
     ) -> None:
-        calls, sums = [], []
+        calls, came = [], []
         for t in transfers:
-            part = piece_of(chunks[t.expert], t.piece, pieces)
             if t.src == rank:
+                part = sums.take(t) if sums else piece_of(chunks[t.expert], t.piece, pieces)
                 calls.append(dist.P2POp(dist.isend, part, group=self._group, group_peer=t.dst))
                 continue
-            target = torch.empty_like(part) if reduces else part
-            calls.append(dist.P2POp(dist.irecv, target, group=self._group, group_peer=t.src))
-            if reduces:
-                sums.append((part, target))
+            part = sums.room(t) if sums else piece_of(chunks[t.expert], t.piece, pieces)
+            calls.append(dist.P2POp(dist.irecv, part, group=self._group, group_peer=t.src))
+            came.append((t, part))
         for work in dist.batch_isend_irecv(calls):
             work.wait()  # the stream waits, not the host
-        for part, came in sums:
-            part.add_(came)
+        if sums:
+            for t, part in came:
+                sums.add(t, part)

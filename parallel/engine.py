@@ -118,6 +118,9 @@ class ExpertEngine:
             self._connect(index, layer, sharded, copies)
         keep = config.mode in ("ep", "fssdp-keep")
         self.schedule = OverlapSchedule(self.layers, keep=keep, hold=keep and not self.policy.decides_after_gate)
+        if not self.schedule.hold:  # no sums over micro-batches
+            for sharded in self.experts:
+                sharded.copy_grad_dtype = compute_dtype or sharded.chunks_eX.dtype
         self.planned = [copies.sharding for copies in self.layers]
         self.meter = EngineMeter(topology, self.num_experts, self.comm, self.exchange, self.schedule)
         self._recorder: StepRecorder | None = None
@@ -125,7 +128,7 @@ class ExpertEngine:
     def _connect(self, index: int, layer: MoELayer, sharded: ShardedExperts, copies: LayerCopies) -> None:
         """Tell the schedule of everything that happens in this layer."""
         sharded.on_needed = lambda: self.schedule.weights_needed(index)
-        sharded.on_gradients = copies.finish
+        sharded.on_gradients = lambda: self.schedule.weights_used(index)
         layer.dispatcher = TokenDispatcher(
             self.exchange,
             place=lambda count_WE: self._place(index, count_WE),

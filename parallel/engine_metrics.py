@@ -42,8 +42,8 @@ class EngineMetrics:
         copies_exposed_s: seconds a step in which a rank stood still for them; mean of ranks.
         tokens_waited_s: seconds a step in the exchange of counts and tokens, waiting for later ranks included; mean of
             ranks.
-        copy_peak_bytes: most memory that copies and gradients collected for them took at once, on the worst rank.
-            Gradients that are on their way home already do not count.
+        copy_peak_bytes: most memory that copies and their gradients took at once, those on their way home included, on
+            the worst rank.
     """
 
     steps: int

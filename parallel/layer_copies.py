@@ -37,6 +37,7 @@ class LayerCopies:
         self._sharding, self._comm, self._scheduler, self._dtype = sharding, comm, scheduler, dtype
         self._gathering: Handle | None = None
         self._reducing: Handle | None = None
+        self._leaving_bytes = 0
         self._here = False
 
     @property
@@ -105,9 +106,16 @@ class LayerCopies:
         """Begin to add the copies' gradients to their owners'."""
         self.finish()
         grads = self.experts.take_grad_chunks()
+        self._leaving_bytes = sum(grads[expert].nbytes for expert in self.experts.copied)
         chunk_bytes = self.experts.chunk_numel * self.experts.chunks_eX.element_size()
         gather = self._scheduler(self._sharding, self.placement, chunk_bytes)
-        self._reducing = self._comm.reduce(gather.reversed(), grads, f"spRS {self.label}")
+        dtype = self.experts.chunks_eX.dtype
+        self._reducing = self._comm.reduce(gather.reversed(), grads, f"spRS {self.label}", dtype)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory of copies and their gradients at the moment, those on their way home included."""
+        return self.experts.copy_bytes + (self._leaving_bytes if self._reducing and not self._reducing.done else 0)
 
     def finish(self) -> None:
         """Gradients of owned experts are complete, as far as :meth:`reduce` was called, when this returns."""

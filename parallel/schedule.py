@@ -65,6 +65,9 @@ class OverlapSchedule:
     def weights_needed(self, layer: int) -> None:
         """Tokens are here, experts are about to compute: what has not arrived by now is exposed."""
         begin_s = time.perf_counter()
+        if self.in_backward and not self.keep and layer + 1 < len(self.layers):
+            # Released copies promise the memory of one layer's copies and gradients, however slow the links are.
+            self.layers[layer + 1].finish()
         self.layers[layer].wait()
         self._note_memory()
         if self.recorder:
@@ -91,14 +94,22 @@ class OverlapSchedule:
         if self.recorder:
             self.recorder.backward_begins()
 
+    def weights_used(self, layer: int) -> None:
+        """Backward has passed the layer's experts: copies make room for their gradients, which are about to be kept."""
+        self._note_memory()
+        self.layers[layer].finish()  # the gradients of an earlier micro-batch, to which these will be added
+        if self._last_micro_batch or not self.hold:
+            self.layers[layer].release()
+
     def gradients_home(self, layer: int) -> None:
         """The layer's part of backward is over: copies for the layer below come first, they are needed sooner."""
         self._note_memory()
         if self._last_micro_batch or not self.hold:
-            self.layers[layer].release()
+            self.layers[layer].release()  # if no gradient came by
         if not self.keep and layer > 0:
             self.layers[layer - 1].gather()
         self._reduce(layer)
+        self._note_memory()
 
     def backward_ends(self) -> None:
         """Whatever no gradient reached takes part all the same: every rank begins the same collectives."""
@@ -117,7 +128,7 @@ class OverlapSchedule:
             self.recorder.waited("wait for gradients of copies", begin_s, before="gradients of dense parameters")
 
     def _note_memory(self) -> None:
-        here_bytes = sum(layer.experts.copy_bytes for layer in self.layers)
+        here_bytes = sum(layer.copy_bytes for layer in self.layers)
         self.peak_copy_bytes = max(self.peak_copy_bytes, here_bytes)
 
     def _reduce(self, layer: int) -> None:

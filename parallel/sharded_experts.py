@@ -65,7 +65,10 @@ class ShardedExperts(ExpertBank):
         owned: which they are.
         copied: the experts that there are copies of at the moment, in the order of rows.
         on_needed: called before the weights are used; makes sure that they are here.
-        on_gradients: called before gradients are added; makes sure that nobody else is adding to them.
+        on_gradients: called before gradients are added; makes sure that nobody else is adding to them. Backward does
+            not need the copies any more.
+        copy_grad_dtype: in which gradients of copies are kept until they travel. The dtype of activations, in which
+            they come, loses nothing as long as those of one backward pass are kept; sums need the parameters'.
         compute_ns, computed_rows: what forward passes took and what they computed, for a profile.
     """
 
@@ -77,6 +80,7 @@ class ShardedExperts(ExpertBank):
         self.copied: list[int] = []
         self.on_needed: Callable[[], None] = lambda: None
         self.on_gradients: Callable[[], None] = lambda: None
+        self.copy_grad_dtype: torch.dtype = experts.w_gate_EDF.dtype
         self.compute_ns = self.computed_rows = 0
         self._experts = (experts,)  # in a tuple: no submodule, or its parameters would be this module's
         source = experts.w_gate_EDF
@@ -168,7 +172,7 @@ class ShardedExperts(ExpertBank):
         grads = dict(zip(self.owned, self.chunks_eX.grad, strict=True))
         copies = self._copy_grads_eX
         if copies is None:
-            copies = self.chunks_eX.new_zeros(len(self.copied), self.chunk_numel)
+            copies = self._new_copy_grads()
         self._copy_grads_eX = None
         return grads | dict(zip(self.copied, copies, strict=True))
 
@@ -181,10 +185,13 @@ class ShardedExperts(ExpertBank):
                 part.of(self.chunks_eX.grad).add_(grad)
         if any(grad is not None for grad in copied):
             if self._copy_grads_eX is None:
-                self._copy_grads_eX = self.chunks_eX.new_zeros(len(self.copied), self.chunk_numel)
+                self._copy_grads_eX = self._new_copy_grads()
             for part, grad in zip(self.layout, copied, strict=True):
                 if grad is not None:
                     part.of(self._copy_grads_eX).add_(grad)
+
+    def _new_copy_grads(self) -> Tensor:
+        return self.chunks_eX.new_zeros(len(self.copied), self.chunk_numel, dtype=self.copy_grad_dtype)
 
     # --- compute --------------------------------------------------------------------------------------------------
 

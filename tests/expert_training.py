@@ -35,6 +35,7 @@ class Case:
     steps: int = 3
     num_experts: int = 5
     dtype: torch.dtype = torch.float64
+    compute_dtype: torch.dtype | None = None
     recompute: str = "none"
     clip_norm: float = 0.3
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +81,8 @@ def train(topology: Topology, case: Case) -> Trained:
     model, world = build(case), topology.world_size
     engine = None
     if case.mode is not None:
-        engine = ExpertEngine(model, topology, ParallelConfig(mode=case.mode, **{"link_mbit": 1000, **case.options}))
+        config = ParallelConfig(mode=case.mode, **{"link_mbit": 1000, **case.options})
+        engine = ExpertEngine(model, topology, config, compute_dtype=case.compute_dtype)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     sharded = set(engine.parameters()) if engine else set()
     reducer = GradientReducer([p for p in model.parameters() if p not in sharded], topology, 1 << 20)
@@ -103,7 +105,8 @@ def train(topology: Topology, case: Case) -> Trained:
             part = ids[first : first + case.micro]
             if engine:
                 engine.forward_begins(last)
-            output = model(part[:, :-1], context=ForwardContext(step=step, mode=Mode.TRAIN))
+            context = ForwardContext(step=step, mode=Mode.TRAIN, compute_dtype=case.compute_dtype)
+            output = model(part[:, :-1], context=context)
             nats, tokens = next_token_loss(output.logits_BTV, part[:, 1:])
             loss = nats / (ROWS * LENGTH) + output.aux_loss() * (int(tokens) / (ROWS * LENGTH))
             nats_sum += nats.detach()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
+import parallel.collectives
 from parallel.collectives import CommunicationError, Communicator
 from parallel.exchange import ALGORITHMS, gather_schedule, reduce_schedule
 from parallel.placement import Placement
@@ -61,6 +64,51 @@ def _both(topology: Topology, rounds: int) -> tuple[int, dict[str, int]]:
 def test_copies_are_bit_equal_sums_are_right_and_bytes_follow_the_formula(world: int) -> None:
     results = run_distributed(_both, world, 64)
     assert [rounds for rounds, _ in results] == [64] * world
+
+
+def _narrow_parts(topology: Topology, rounds: int) -> int:
+    """Gradients of copies in bf16, sums in fp32 with hardly any memory for what is on the way."""
+    parallel.collectives.STAGING_BYTES = 64
+    rng, rank, world, widened = np.random.default_rng(5), topology.rank, topology.world_size, 0
+    comm = Communicator(topology)
+    for i in range(rounds):
+        sharding, wide = random_placements(rng, world)
+        pieces, size = int(rng.integers(1, 9)), int(rng.integers(1, 1000))
+        narrow = {e: chunk(e, rank, size, torch.bfloat16) for e in wide.held_by(rank)}
+        owned = set(sharding.owned_by(rank))
+        chunks = {e: part.float() if e in owned else part.clone() for e, part in narrow.items()}
+        schedule = reduce_schedule(wide, sharding, ALGORITHMS[i % 4], pieces, [r // 2 for r in range(world)])
+        comm.reduce(schedule, chunks, dtype=torch.float32).wait()
+        for e in owned:
+            parts = torch.stack([chunk(e, r, size, torch.bfloat16).double() for r in wide.holders(e)])
+            assert float((chunks[e].double() - parts.sum(0)).abs().max()) <= 32 * torch.finfo(torch.float32).eps
+        assert all(torch.equal(chunks[e], narrow[e]) for e in chunks if e not in owned), "parts of copies stay"
+        widened += len(sharding.new_pairs(wide)) * size * 4
+    assert int(topology.sum_(torch.tensor(comm.sent_bytes["spRS"]))) == widened, "sums travel in fp32"
+    comm.close()
+    return rounds
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_narrow_gradients_are_summed_in_fp32(world: int) -> None:
+    assert run_distributed(_narrow_parts, world, 64) == [64] * world
+
+
+def _lets_go(topology: Topology) -> bool:
+    """Whoever has waited can count on the memory: the communicator keeps no chunk until its next job."""
+    sharding = Placement([0], world_size=2)
+    comm = Communicator(topology)
+    chunks = {0: torch.ones(1000)}
+    memory = weakref.ref(chunks[0].untyped_storage())
+    comm.reduce(reduce_schedule(sharding.everywhere(), sharding, "flat", 1, [0, 0]), chunks).wait()
+    del chunks
+    gone = memory() is None
+    comm.close()
+    return gone
+
+
+def test_a_finished_collective_keeps_no_chunk() -> None:
+    assert run_distributed(_lets_go, 2) == [True, True]
 
 
 def _same_bits_again(topology: Topology) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_keep_and_rm_give_the_same_bits() -> None:
         for other in (rm, recomputed):
             assert keep.curve == other.curve
             assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in keep.tensors.items())
+
+
+def test_bf16_gradients_of_copies_are_summed_in_fp32() -> None:
+    """Kept in bf16 for one backward pass, in fp32 over several; either way only sums are rounded, and those in fp32."""
+    bf16: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.bfloat16, "steps": 1}
+    modes = [Case(mode, micro, **bf16) for micro in (4, 2) for mode in ("ep", "fssdp-keep", "fssdp-rm")]
+    by_rank = run_distributed(train_all, 3, modes)
+    for index in (1, 4):
+        keep, rm = (together([results[i] for results in by_rank]) for i in (index, index + 1))
+        if index == 1:
+            assert all(torch.equal(tensor, rm[key]) for key, tensor in keep.items())
+        assert worst_error(keep, rm) < 1e-5
+        # An expert on its owner alone rounds one large gradient to bf16, copies round several small ones.
+        assert by_rank[0][index].curve[0] == pytest.approx(by_rank[0][index - 1].curve[0], rel=1e-2)
 
 
 def test_pain_10_recomputed_activations_replay_plan_and_placement(plain: Trained) -> None:

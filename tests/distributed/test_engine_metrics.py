@@ -114,15 +114,15 @@ def check(seen: list[Seen], mode: str, micro: int) -> None:
     wanted = {"spAG": gathered, "spRS": reduced, "tokens": rows_bytes, "counts": counts_bytes, "owners": 0}
     assert metrics.sent_bytes == pytest.approx({kind: total / STEPS for kind, total in wanted.items()})
 
-    peaks = []
+    least, most = [], []  # gradients that are on their way home count, and how long that takes is not known
     for copies_L in copies_SLW.swapaxes(1, 2).reshape(-1, LAYERS):  # of each step and rank
         if mode == "fssdp-rm":
-            peaks.append(2 * copies_L.max())  # one layer's copies and their gradients
-        elif passes > 1:
-            peaks.append(2 * copies_L.sum())  # all are held over the micro-batches
-        else:
-            peaks.append(max(copies_L[: layer + 1].sum() + copies_L[layer] for layer in range(LAYERS)))
-    assert metrics.copy_peak_bytes == max(peaks) * CHUNK_BYTES
+            least.append(copies_L.max())
+            most.append(copies_L.sum() + copies_L.max())
+        else:  # copies of all layers; over several micro-batches, their gradients too
+            least.append(copies_L.sum() * (2 if passes > 1 else 1))
+            most.append(2 * copies_L.sum())
+    assert max(least) * CHUNK_BYTES <= metrics.copy_peak_bytes <= max(most) * CHUNK_BYTES
     assert metrics.tokens_waited_s > 0
     assert (metrics.copies_hidden_s + metrics.copies_exposed_s > 0) == (copies_SLW.sum() > 0)
     assert all(s.metrics == metrics for s in seen)
