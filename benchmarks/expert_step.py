@@ -89,7 +89,10 @@ class PrescribedGate(Gate):
 class Contestant:
     """One mode with its own copy of the model."""
 
-    def __init__(self, name: str, args: argparse.Namespace, topology: Topology) -> None:
+    def __init__(
+        self, name: str, args: argparse.Namespace, topology: Topology, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.compute_dtype = compute_dtype
         self.name, self.args, self.topology = name, args, topology
         moe = MoEConfig(num_experts=args.experts, hidden_dim=args.hidden)
         config = ModelConfig(
@@ -110,7 +113,7 @@ class Contestant:
             split=args.split,
             max_copies=args.max_copies,
         )
-        self.engine = ExpertEngine(self.model, topology, parallel)
+        self.engine = ExpertEngine(self.model, topology, parallel, compute_dtype=compute_dtype)
         self.model.init_weights(0)
         for layer, (_, made) in enumerate(self.model.gates()):
             assert isinstance(made, PrescribedGate)
@@ -121,18 +124,18 @@ class Contestant:
         self.losses: list[float] = []
 
     def run(self, steps: int) -> tuple[float, dict[str, float]]:
-        """Seconds per step on the slowest rank; bytes sent and communication times of this rank per step."""
-        sent = self.engine.sent_bytes()
-        self.engine.comm.take_log()
+        """Seconds per step on the slowest rank; per step bytes that all ranks sent and mean communication times."""
+        self.engine.meter.take()
         self.topology.barrier()
         begin = time.perf_counter()
         for _ in range(steps):
             self._step()
         seconds = max(self.topology.gather_objects((time.perf_counter() - begin) / steps))
-        log = self.engine.comm.take_log()
-        figures = {f"{kind}_bytes": count / steps for kind, count in (self.engine.sent_bytes() - sent).items()}
-        figures["copy_s"] = sum(handle.duration_s for handle in log) / steps
-        figures["exposed_s"] = sum(handle.waited_s for handle in log) / steps
+        metrics = self.engine.meter.take()
+        assert metrics is not None
+        figures = {f"{kind}_bytes": count for kind, count in metrics.sent_bytes.items() if count}
+        figures["copy_s"] = metrics.copies_hidden_s + metrics.copies_exposed_s
+        figures["exposed_s"] = metrics.copies_exposed_s
         figures["copies"] = sum(float(p.copies_E.sum()) for p in self.engine.planned)
         return seconds, figures
 
@@ -143,7 +146,8 @@ class Contestant:
         tokens = args.tokens * world
         self.parallel.begin_step()
         self.parallel.forward_begins(last=True)
-        output = self.model(ids[:, :-1], context=ForwardContext(step=self.step, mode=Mode.TRAIN))
+        context = ForwardContext(step=self.step, mode=Mode.TRAIN, compute_dtype=self.compute_dtype)
+        output = self.model(ids[:, :-1], context=context)
         nats, _ = next_token_loss(output.logits_BTV, ids[:, 1:])
         self.parallel.backward(nats / tokens, last=True)
         self.parallel.finish()
@@ -216,15 +220,13 @@ def main() -> None:
             if contestant.name != "ideal":
                 difference = abs(contestant.losses[-1] - contestants[0].losses[-1])
                 assert difference < 1e-4, f"{contestant.name} computed something else: {difference}"
-        everyone = topology.gather_objects(
-            {
-                name: {key: median(f.get(key, 0.0) for f in rows) for key in sorted(set().union(*rows))}
-                for name, rows in figures.items()
-            }
-        )
+        counted = {
+            name: {key: median(f.get(key, 0.0) for f in rows) for key in sorted(set().union(*rows))}
+            for name, rows in figures.items()
+        }
         if topology.is_first:
             degrees = {c.name: c.engine.policy.overlap_degree_L for c in contestants}
-            report(args, imbalance, seconds, everyone, degrees)
+            report(args, imbalance, topology.world_size, seconds, counted, degrees)
         for contestant in contestants:
             contestant.parallel.close()
 
@@ -232,16 +234,16 @@ def main() -> None:
 def report(
     args: argparse.Namespace,
     imbalance: float,
+    ranks: int,
     seconds: dict[str, list[float]],
-    everyone: list[dict[str, dict[str, float]]],
+    counted: dict[str, dict[str, float]],
     degrees: dict[str, list[int]],
 ) -> None:
     first = next(iter(seconds))
     rows = []
     for name, taken in seconds.items():
         ratios = [base / own for base, own in zip(seconds[first], taken, strict=True)]
-        keys = sorted(set().union(*(rank[name] for rank in everyone)))
-        total = {key: sum(rank[name].get(key, 0.0) for rank in everyone) for key in keys}
+        total = counted[name]
         copy_s, exposed_s = total["copy_s"], total["exposed_s"]
         rows.append(
             {
@@ -250,7 +252,7 @@ def report(
                 "times_as_fast": median(ratios),
                 "spread": [min(ratios), max(ratios)],
                 "hidden": 1 - exposed_s / copy_s if copy_s else None,
-                "copies_per_step": everyone[0][name]["copies"],
+                "copies_per_step": total["copies"],
                 "overlap_degree": degrees[name],
                 "bytes": {key: value for key, value in total.items() if key.endswith("_bytes")},
             }
@@ -258,7 +260,7 @@ def report(
     if args.json:
         print(json.dumps({"imbalance": imbalance, "args": vars(args), "modes": rows}))
         return
-    print(f"rank imbalance under ep: {imbalance:.2f}; {len(everyone)} ranks; {vars(args)}")
+    print(f"rank imbalance under ep: {imbalance:.2f}; {ranks} ranks; {vars(args)}")
     print(f"{'mode':12} {'s/step':>7}  times as fast as {first:14} hidden  copies  MB sent a step by all ranks")
     for row in rows:
         hidden = "     -" if row["hidden"] is None else f"{row['hidden']:6.1%}"
