@@ -20,7 +20,7 @@ from parallel.exchange import LinkModel
 from parallel.load_predictor import build_predictor
 from parallel.placement import Ints, Placement
 from parallel.planner import even_quotas, plan_copies, plan_more_copies, plan_spill
-from parallel.sharder import plan_owners
+from parallel.sharder import plan_owners, worth_moving
 from parallel.topology import Topology
 
 PROFILED_STEPS = 3
@@ -144,10 +144,32 @@ class CopyPolicy:
         self._copy_ns = 2 * copy_ns
         self._profiled, self._profile = True, []
 
-    def owners(self, owner_LE: Ints, slots_W: Ints) -> Ints:
-        """(L, E) owners for the loads expected now, each rank owning ``slots_W`` (W,) experts in all."""
-        degree = min(self.overlap_degree_L)
-        return plan_owners(self._predictor.predict(), owner_LE, degree, slots_W, self._node_W)
+    def owners(self, owner_LE: Ints, slots_W: Ints, expert_bytes: int) -> Ints:
+        """Owners for the loads expected now; the present ones if moving costs more time than it saves.
+
+        Without measured times (a given overlap degree, copies by prediction alone) moving is taken to pay.
+
+        Args:
+            owner_LE: (L, E) the present owners.
+            slots_W: (W,) experts that each rank shall own in all.
+            expert_bytes: what one expert is on the way to a new owner, optimizer state included.
+        """
+        degree, load_LE = min(self.overlap_degree_L), self._predictor.predict()
+        new_LE = plan_owners(load_LE, owner_LE, degree, slots_W, self._node_W)
+        if not self._row_ns:
+            return new_LE
+        rows_LE = load_LE * np.array(self._rows_L)[:, None] // np.maximum(1, load_LE.sum(1, keepdims=True))
+        pays = worth_moving(
+            rows_LE,
+            owner_LE,
+            new_LE,
+            degree,
+            self._topology.world_size,
+            steps=self.config.reshard_interval,
+            ns_per_row=self._row_ns,
+            ns_per_move=expert_bytes * 10**9 // self._rate,
+        )
+        return new_LE if pays else owner_LE
 
     @property
     def _rate(self) -> int:

@@ -218,7 +218,9 @@ class ExpertEngine:
         self._steps += 1
         interval = self.config.reshard_interval
         if interval and self._steps % interval == 0:
-            self.reshard(self.policy.owners(self.owner_LE, self._slots_W), optimizer)
+            chunks_eX = self.experts[0].chunks_eX
+            expert_bytes = 3 * self.experts[0].chunk_numel * chunks_eX.element_size()  # AdamW keeps two moments
+            self.reshard(self.policy.owners(self.owner_LE, self._slots_W, expert_bytes), optimizer)
         collectives = self.meter.step_ends()
         if self._recorder:
             self._recorder.reached("optimizer")
