@@ -19,51 +19,27 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.placement import Bools, Ints, Placement, PlacementError
-from parallel.row_split import fill_up
 
 MAX_LOAD = 2**40
 """Loads below this leave room in 64 bits for all products here, up to thousands of ranks."""
-
-JUDGING_SWEEPS = 2
-"""How well calibration levels rows in its head, on the critical path: both placements are judged alike."""
 
 QUOTIENT_BITS = 16
 """Loads per holder are compared to this many binary digits behind the point."""
 
 
-def rows_per_rank(load_E: Ints, placement: Placement, max_sweeps: int = 50) -> Ints:
-    """(W,) rows that each rank computes when holders share the rows of their experts as levelly as can be.
+def rows_per_rank(load_E: Ints, placement: Placement) -> Ints:
+    """(W,) rows that each rank computes when the holders of an expert share its rows evenly.
 
-    Experts, those with fewest holders first, pour their rows onto their holders' lowest levels, and again, each in
-    turn, until nothing moves: then no rank could be relieved except by one that has as many rows (to within a row).
+    Who holds an expert keeps its own rows, so that is exact where every rank has as many rows for the expert.
 
     Args:
-        load_E: (E,) rows of each expert, over all ranks.
-        max_sweeps: end here if rows still move. 50 leave less than 1% to gain, 2 about 5%.
+        load_E: (E,) rows of each expert, over all ranks; a rest smaller than the number of holders does not count.
 
     Raises:
         PlacementError: ``load_E`` does not fit the placement.
     """
     _check(placement, load_E, range(placement.world_size))
-    rows_W = np.zeros(placement.world_size, dtype=np.int64)
-    single = np.flatnonzero(placement.copies_E == 0)
-    np.add.at(rows_W, placement.owner_E[single], load_E[single])
-    # Experts with the same holders are one pool of rows.
-    pools: dict[bytes, list[int]] = {}
-    for expert in np.flatnonzero((placement.copies_E > 0) & (load_E > 0)).tolist():
-        pools.setdefault(placement.holders_EW[expert].tobytes(), []).append(expert)
-    shared = [(np.flatnonzero(placement.holders_EW[pool[0]]), int(load_E[pool].sum())) for pool in pools.values()]
-    shared.sort(key=lambda pool: (pool[0].size, -pool[1]))
-    shares = [np.zeros_like(holders) for holders, _ in shared]
-    square_sum = -1
-    for _ in range(max_sweeps):
-        for index, (holders, rows) in enumerate(shared):
-            level = rows_W[holders] - shares[index]
-            shares[index] = fill_up(level, rows)
-            rows_W[holders] = level + shares[index]
-        before, square_sum = square_sum, int(rows_W @ rows_W)
-        if square_sum == before:
-            break
+    rows_W: Ints = load_E // (placement.copies_E + 1) @ placement.holders_EW
     return rows_W
 
 
@@ -200,12 +176,12 @@ def plan_more_copies(
     Raises:
         PlacementError: as :func:`plan_copies`.
     """
-    before = int(rows_per_rank(load_E, current, JUDGING_SWEEPS).max())
+    before = int(rows_per_rank(load_E, current).max())
     if (before - int(load_E.sum()) // current.world_size) * ns_per_row <= ns_per_copy:
         return current  # a level layer would not pay for one copy
     more = plan_copies(current, load_E, overlap_degree, max_copies, node_W)
     received = int((more.copies_W - current.copies_W).max())
-    after = int(rows_per_rank(load_E, more, JUDGING_SWEEPS).max())
+    after = int(rows_per_rank(load_E, more).max())
     return more if (before - after) * ns_per_row > received * ns_per_copy else current
 
 

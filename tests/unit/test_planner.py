@@ -74,11 +74,11 @@ def test_plans_do_not_depend_on_how_loads_are_stored() -> None:
 
 def test_calibration_copies_what_the_prediction_missed_if_it_pays() -> None:
     predicted = plan_copies(FOUR, loads(50, 10, 10, 10), overlap_degree=1, max_copies=2, node_W=[0] * 4)
-    true_E = loads(40, 60, 10, 10)  # rank 1 has 60 rows, with expert 1 everywhere all have 30
-    pays = plan_more_copies(predicted, true_E, 1, 2, [0] * 4, ns_per_row=100, ns_per_copy=2999)
+    true_E = loads(40, 60, 10, 10)  # rank 1 has 70 rows; with expert 1 everywhere ranks 2 and 3 have most, 35
+    pays = plan_more_copies(predicted, true_E, 1, 2, [0] * 4, ns_per_row=100, ns_per_copy=3499)
     assert pays.copies_E.tolist() == [3, 3, 0, 0]
-    assert rows_per_rank(true_E, pays).tolist() == [30, 30, 30, 30]
-    assert plan_more_copies(predicted, true_E, 1, 2, [0] * 4, ns_per_row=100, ns_per_copy=3000) is predicted
+    assert rows_per_rank(true_E, pays).tolist() == [25, 25, 35, 35]
+    assert plan_more_copies(predicted, true_E, 1, 2, [0] * 4, ns_per_row=100, ns_per_copy=3500) is predicted
 
 
 def test_calibration_weighs_rows_saved_against_all_copies_that_one_rank_receives() -> None:
