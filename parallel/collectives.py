@@ -192,18 +192,21 @@ class Communicator:
     # --- on gloo: everything that can go is under way at once -----------------------------------------------------
 
     def _gather(self, mine: list[Transfer], pieces: int, chunks: Mapping[int, Tensor], label: str) -> None:
-        coming = {
-            (t.expert, t.piece): _Arrival(t, self._receive(t, piece_of(chunks[t.expert], t.piece, pieces), pieces))
-            for t in mine
-            if t.dst == self.rank
-        }
-        leaving = []
-        # What was here from the start goes first, so that no link idles while another one is waited for.
-        for t in sorted(mine, key=lambda t: ((t.expert, t.piece) in coming, t)):
-            if t.src == self.rank:
-                if (t.expert, t.piece) in coming:
-                    coming[t.expert, t.piece].wait(label)
-                leaving.append((t, self._send(t, piece_of(chunks[t.expert], t.piece, pieces), pieces)))
+        comes = {t.expert for t in mine if t.dst == self.rank}
+        coming: dict[tuple[int, int], _Arrival] = {}
+        leaving, forwarded = [], []
+        # What was here from the start goes at once, so that no link idles while another one is waited for.
+        for t in mine:
+            part = piece_of(chunks[t.expert], t.piece, pieces)
+            if t.dst == self.rank:
+                coming[t.expert, t.piece] = _Arrival(t, self._receive(t, part, pieces))
+            elif t.expert in comes:
+                forwarded.append((t, part))
+            else:
+                leaving.append((t, self._send(t, part, pieces)))
+        for t, part in forwarded:
+            coming[t.expert, t.piece].wait(label)
+            leaving.append((t, self._send(t, part, pieces)))
         for arrival in coming.values():
             arrival.wait(label)
         _wait_sent(leaving, label)
