@@ -18,7 +18,7 @@ import pytest
 
 from parallel.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from tests.harness import free_port
-from tests.training_program import ROOT, environment, losses, only_run, options, run, start, wait_for_step
+from tests.training_program import ROOT, environment, losses, only_run, options, run, run_forked, start, wait_for_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -55,7 +55,7 @@ def test_run_directory_holds_what_the_design_says(uninterrupted: Path) -> None:
 
 def test_resume_at_the_same_world_size_continues_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
     resumed = copied(uninterrupted, tmp_path, step=4)
-    result = run(2, "--resume", str(resumed))
+    result = run_forked(2, "--resume", str(resumed))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resumed from" in result.stdout + result.stderr
     assert (
@@ -69,7 +69,7 @@ def test_resume_two_then_one_then_four_ranks_stays_within_1e_6(uninterrupted: Pa
     for ranks, steps in ((1, 8), (4, 12)):
         # The schedule must be that of twelve steps: stop early by hand, not by a shorter run.
         stop_at = ["checkpoint.interval=4"] if steps == 12 else ["train.stop_after=8"]
-        result = run(ranks, "--resume", str(resumed), *stop_at, "train.micro_batch=2")
+        result = run_forked(ranks, "--resume", str(resumed), *stop_at, "train.micro_batch=2")
         assert result.returncode == 0, result.stdout + result.stderr
         assert "random state starts anew" in result.stdout + result.stderr
     expected, actual = losses(uninterrupted), losses(resumed)
@@ -80,11 +80,11 @@ def test_resume_two_then_one_then_four_ranks_stays_within_1e_6(uninterrupted: Pa
 
 def test_resume_auto_begins_a_run_and_then_continues_the_newest(corpus: Path, tmp_path: Path) -> None:
     args = options(corpus, tmp_path, "train.steps=4", "checkpoint.interval=2", "run.name=auto")
-    begun = run(1, "--resume", "auto", *args, "train.stop_after=2")
+    begun = run_forked(1, "--resume", "auto", *args, "train.stop_after=2")
     assert begun.returncode == 0, begun.stdout + begun.stderr
     assert "no run named 'auto' under" in begun.stdout
     assert "beginning one" in begun.stdout
-    continued = run(1, "--resume", "auto", *args)
+    continued = run_forked(1, "--resume", "auto", *args)
     assert continued.returncode == 0, continued.stdout + continued.stderr
     assert "resumed from" in continued.stdout
     assert sorted(losses(only_run(tmp_path))) == [1, 2, 3, 4]
@@ -94,7 +94,7 @@ def test_same_seed_same_curve_other_seed_other_curve(corpus: Path, uninterrupted
     result = run(2, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=0"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(only_run(tmp_path)) == losses(uninterrupted)
-    other = run(1, *options(corpus, tmp_path / "other", "train.steps=2", "run.seed=1"))
+    other = run_forked(1, *options(corpus, tmp_path / "other", "train.steps=2", "run.seed=1"))
     assert other.returncode == 0, other.stdout + other.stderr
     assert losses(only_run(tmp_path / "other"))[1] != losses(uninterrupted)[1]
 
@@ -130,7 +130,7 @@ def test_one_interrupt_saves_and_prints_the_resume_command(corpus: Path, tmp_pat
     command_line = re.search(r"resume with: (.*)", output)
     assert command_line, output
     assert command_line.group(1).strip() == f"python launch/train.py --resume {run_dir}"
-    result = run(1, "--resume", str(run_dir), f"train.steps={saved + 2}")
+    result = run_forked(1, "--resume", str(run_dir), f"train.steps={saved + 2}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(losses(run_dir)) == list(range(1, saved + 3))
 
@@ -170,7 +170,7 @@ def test_all_option_errors_at_once_with_nearest_names(corpus: Path, tmp_path: Pa
 
 def test_resume_of_another_structure_names_the_differing_path(uninterrupted: Path, tmp_path: Path) -> None:
     resumed = copied(uninterrupted, tmp_path, step=4)
-    result = run(1, "--resume", str(resumed), "model.moe.num_experts=8")
+    result = run_forked(1, "--resume", str(resumed), "model.moe.num_experts=8")
     assert result.returncode == 2, result.stdout + result.stderr
     assert "model.moe.num_experts" in result.stderr
 

@@ -19,7 +19,7 @@ import pytest
 
 from parallel.checkpoint import find_checkpoint, read_checkpoint
 from tests.harness import free_port
-from tests.training_program import ROOT, SMALL, environment, only_run, options, run, start, wait_for_step
+from tests.training_program import ROOT, SMALL, environment, only_run, options, run_forked, start, wait_for_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -39,7 +39,7 @@ def test_a_rank_that_dies_ends_the_run_without_a_hang(corpus: Path, tmp_path: Pa
 
 def test_nan_stops_names_the_layer_and_keeps_the_last_good_checkpoint(corpus: Path, tmp_path: Path) -> None:
     args = options(corpus, tmp_path, "train.steps=40", "optim.lr=1e18", "optim.clip_norm=0", "checkpoint.interval=1")
-    result = run(1, *args)
+    result = run_forked(1, *args)
     assert result.returncode == 1, result.stdout + result.stderr
     assert re.search(r"error: step \d+: loss", result.stderr), result.stderr
     assert re.search(r"blocks\.\d|embed|norm", result.stderr), result.stderr
@@ -56,7 +56,9 @@ def test_a_full_disk_while_saving_is_reported_and_loses_nothing(corpus: Path, tm
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         # One checkpoint fits, two do not.
-        result = run(1, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=4", "checkpoint.keep_last=1"))
+        result = run_forked(
+            1, *options(corpus, tmp_path, "train.steps=12", "checkpoint.interval=4", "checkpoint.keep_last=1")
+        )
         output = result.stdout + result.stderr
         assert "No space left on device" in output, output
         assert result.returncode == 1, output
@@ -130,7 +132,7 @@ def test_nan_on_one_rank_after_the_first_step_stops_all_with_its_name(
 
 def test_scores_that_are_not_finite_in_evaluation_name_the_step(corpus: Path, tmp_path: Path) -> None:
     spoiled = ["optim.lr=1e18", "optim.clip_norm=0", "optim.warmup_steps=0", "eval.interval=1"]
-    result = run(1, *options(corpus, tmp_path, "train.steps=5", *spoiled))
+    result = run_forked(1, *options(corpus, tmp_path, "train.steps=5", *spoiled))
     assert result.returncode == 1, result.stdout + result.stderr
     assert re.search(r"error: (evaluation after )?step 1", result.stderr), result.stderr
     assert "Traceback" not in result.stderr
@@ -138,7 +140,7 @@ def test_scores_that_are_not_finite_in_evaluation_name_the_step(corpus: Path, tm
 
 def test_a_prompt_longer_than_the_context_is_cut_and_the_run_ends_well(corpus: Path, tmp_path: Path) -> None:
     args = options(corpus, tmp_path, "train.steps=2", "model.max_seq_len=32", f"eval.sample_prompt={'word ' * 30}")
-    result = run(1, *args)
+    result = run_forked(1, *args)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (only_run(tmp_path) / "model" / "config.json").is_file()
 
@@ -146,11 +148,11 @@ def test_a_prompt_longer_than_the_context_is_cut_and_the_run_ends_well(corpus: P
 def test_resume_with_other_ranks_and_micro_batch_says_what_changed(corpus: Path, tmp_path: Path) -> None:
     args = options(corpus, tmp_path, "train.steps=4", "train.micro_batch=8", "train.stop_after=2")
     # Options may stand on either side of overrides.
-    begun = run(1, args[0], "--quiet", *args[1:])
+    begun = run_forked(1, args[0], "--quiet", *args[1:])
     assert begun.returncode == 0, begun.stdout + begun.stderr
     run_dir = only_run(tmp_path)
     changes = ["train.micro_batch=2", "train.stop_after=null", "optim.weight_decay=0.05"]
-    resumed = run(2, "--resume", str(run_dir), *changes)
+    resumed = run_forked(2, "--resume", str(run_dir), *changes)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "changed since the checkpoint: train.micro_batch: 8 -> 2" in resumed.stdout
     assert "changed since the checkpoint: optim.weight_decay: 0.1 -> 0.05" in resumed.stdout
@@ -163,14 +165,14 @@ def test_resume_with_other_ranks_and_micro_batch_says_what_changed(corpus: Path,
 
 
 def test_a_damaged_checkpoint_is_found_out_before_anything_in_the_run_changes(corpus: Path, tmp_path: Path) -> None:
-    begun = run(1, *options(corpus, tmp_path, "train.steps=8"))
+    begun = run_forked(1, *options(corpus, tmp_path, "train.steps=8"))
     assert begun.returncode == 0, begun.stdout + begun.stderr
     run_dir = only_run(tmp_path)
     damaged = run_dir / "checkpoints" / "step_000004"
     metadata = damaged / ".metadata"
     metadata.write_bytes(b"\x00" * metadata.stat().st_size)
     metrics = (run_dir / "metrics.jsonl").read_bytes()
-    resumed = run(1, "--resume", str(damaged))
+    resumed = run_forked(1, "--resume", str(damaged))
     assert resumed.returncode == 1, resumed.stdout + resumed.stderr
     assert f"a good one is {run_dir / 'checkpoints' / 'step_000008'}" in resumed.stderr, resumed.stderr
     assert "Traceback" not in resumed.stderr
@@ -179,11 +181,11 @@ def test_a_damaged_checkpoint_is_found_out_before_anything_in_the_run_changes(co
     outside = tmp_path / "elsewhere" / "checkpoints"
     outside.parent.mkdir()
     (run_dir / "checkpoints").rename(outside)
-    stray = run(1, "--resume", str(outside))
+    stray = run_forked(1, "--resume", str(outside))
     outside.rename(run_dir / "checkpoints")
     assert stray.returncode == 2, stray.stdout + stray.stderr
     assert f"{tmp_path / 'elsewhere'} is not a run directory: it has no config.yaml" in stray.stderr
-    too_short = run(1, "--resume", str(run_dir), "train.steps=6")
+    too_short = run_forked(1, "--resume", str(run_dir), "train.steps=6")
     assert too_short.returncode == 2, too_short.stdout + too_short.stderr
     assert "train.steps: 6 steps are over already" in too_short.stderr
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import free_port
-from tests.training_program import ROOT, environment, losses, only_run, options, run, start, wait_for_step
+from tests.training_program import ROOT, environment, losses, only_run, options, run_forked, start, wait_for_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ STEPS = ("train.steps=12", "train.global_batch=12", "train.micro_batch=1", "mode
 def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The curve of one process."""
     work = tmp_path_factory.mktemp("plain")
-    result = run(1, *options(corpus, work, *STEPS))
+    result = run_forked(1, *options(corpus, work, *STEPS))
     assert result.returncode == 0, result.stderr
     return losses(only_run(work))
 
@@ -34,7 +34,7 @@ def test_a_whole_run_in_each_mode_has_the_curve_of_one_process(
 ) -> None:
     """With evaluations and samples on the way, and a model exported at the end."""
     more = ("eval.interval=4", "eval.final_sequences=7", "eval.sample_interval=5")
-    result = run(2, *options(corpus, tmp_path, *STEPS, *more, f"parallel.mode={mode}"))
+    result = run_forked(2, *options(corpus, tmp_path, *STEPS, *more, f"parallel.mode={mode}"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(only_run(tmp_path)) == pytest.approx(plain, rel=1e-5)
     assert result.stdout.count("validation:") == 3
@@ -45,11 +45,11 @@ def test_pain_5_a_run_goes_on_in_another_mode_on_another_number_of_ranks(
     corpus: Path, tmp_path: Path, plain: dict[int, float]
 ) -> None:
     """4 ranks fssdp-rm -> 2 ep -> 1 local -> 3 fssdp-keep, optimizer state and all (DeepSpeed 5716, 8147)."""
-    first = run(4, *options(corpus, tmp_path, *STEPS, "parallel.mode=fssdp-rm", "train.stop_after=3"))
+    first = run_forked(4, *options(corpus, tmp_path, *STEPS, "parallel.mode=fssdp-rm", "train.stop_after=3"))
     assert first.returncode == 0, first.stderr
     folder = only_run(tmp_path)
     for ranks, mode, stop in ((2, "ep", "6"), (1, "local", "9"), (3, "fssdp-keep", "null")):
-        result = run(ranks, "--resume", str(folder), f"parallel.mode={mode}", f"train.stop_after={stop}")
+        result = run_forked(ranks, "--resume", str(folder), f"parallel.mode={mode}", f"train.stop_after={stop}")
         assert result.returncode == 0, result.stderr
     assert losses(folder) == pytest.approx(plain, rel=1e-5)
 
@@ -67,9 +67,9 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     args = (*STEPS, *options_of_mode)
-    assert run(2, *options(corpus, whole, *args)).returncode == 0
-    assert run(2, *options(corpus, parts, *args, "train.stop_after=7")).returncode == 0
-    assert run(2, "--resume", str(only_run(parts)), "train.stop_after=null").returncode == 0
+    assert run_forked(2, *options(corpus, whole, *args)).returncode == 0
+    assert run_forked(2, *options(corpus, parts, *args, "train.stop_after=7")).returncode == 0
+    assert run_forked(2, "--resume", str(only_run(parts)), "train.stop_after=null").returncode == 0
     assert losses(only_run(parts)) == losses(only_run(whole))
 
 
