@@ -19,6 +19,7 @@ from launch.heatmap import color_position, load_ratio
 from launch.report.curves import Chart, DrawnChart, Series, draw, format_value
 from launch.report.experts import LoadMatrix, layer_histories, load_matrix, scale_gradient, shade_colors
 from launch.report.phases import PhaseTimes, phase_times
+from launch.report.ranks import rank_card, rank_charts
 from launch.report.read_run import Row, RunData, mapping, number, read_run, whole
 
 REPORT_FILE = "report.html"
@@ -78,6 +79,7 @@ def render(run: RunData) -> str:
         cards=_cards(run, phases, matrices),
         learning=_charts(run, _learning),
         expert_charts=_charts(run, _expert_health),
+        ranks=_charts(run, lambda run: rank_charts(run.train)),
         optimisation=_charts(run, _optimisation),
         speed=_charts(run, _speed),
         matrices=matrices,
@@ -178,6 +180,9 @@ def _cards(run: RunData, phases: PhaseTimes | None, matrices: list[LoadMatrix]) 
         ratio = load_ratio([[int(n) for n in row] for row in run.timeline.bins[-1].load_LE])
         detail = "max / mean load in training, last interval; 1 is even"
         cards.append(("Imbalance", f"{ratio.max(axis=1).mean():.2f}", detail))
+    of_ranks = rank_card(run.train)
+    if of_ranks:
+        cards.append(of_ranks)
     return cards
 
 
