@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
             raise
         time.sleep(GRACE_S)
         if "Timed out waiting" in str(error):
-            _print_error(rank, f"another rank is late: {_first_line(error)}")
+            late = "; ".join(getattr(error, "__notes__", []))
+            _print_error(rank, f"another rank is late: {late} ({_first_line(error)})")
         else:
             _print_error(rank, f"lost the connection to another rank, whose own error says why ({_first_line(error)})")
         return 1

@@ -48,7 +48,7 @@ class CopyPolicy:
         self.overlap_degree_L = [0 if fixed == "auto" else fixed] * layers
         self._rows_L = [0] * layers
         self._compute_ns = self._link_ns = 0  # of one row in a step: on the rank that computes it, on a link
-        self._copy_ns = 0  # of one copy in a step: its own way and that of its gradient
+        self._copy_ns = 0  # of one copy in a step: its own way, once or twice, and that of its gradient
         self._profile: list[tuple[list[int], int]] = []
         self._profiled = not self._needs_profile
 
@@ -141,7 +141,7 @@ class CopyPolicy:
         # Backward computes twice as much as forward. A row travels four times: there and back, and so its gradient.
         self._compute_ns = 3 * int(median(row for _, row in everyone))
         self._link_ns = 4 * row_bytes * 10**9 // self._rate
-        self._copy_ns = 2 * copy_ns
+        self._copy_ns = (3 if self.config.mode == "fssdp-rm" else 2) * copy_ns
         self._profiled, self._profile = True, []
 
     def owners(self, owner_LE: Ints, slots_W: Ints, expert_bytes: int) -> Ints:

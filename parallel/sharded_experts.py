@@ -168,8 +168,7 @@ class ShardedExperts(ExpertBank):
         Those of owned experts are views of the parameter's gradient; those of copies belong to the caller from now on.
         Copies that no backward pass reached have zeros.
         """
-        assert self.chunks_eX.grad is not None
-        grads = dict(zip(self.owned, self.chunks_eX.grad, strict=True))
+        grads = dict(zip(self.owned, self._owned_grads(), strict=True))
         copies = self._copy_grads_eX
         if copies is None:
             copies = self._new_copy_grads()
@@ -178,17 +177,23 @@ class ShardedExperts(ExpertBank):
 
     def _add_grads(self, grads: Sequence[Tensor | None]) -> None:
         self.on_gradients()
-        assert self.chunks_eX.grad is not None
+        owned_grads_eX = self._owned_grads()
         own, copied = grads[: len(self.layout)], grads[len(self.layout) :]
         for part, grad in zip(self.layout, own, strict=True):
             if grad is not None:
-                part.of(self.chunks_eX.grad).add_(grad)
+                part.of(owned_grads_eX).add_(grad)
         if any(grad is not None for grad in copied):
             if self._copy_grads_eX is None:
                 self._copy_grads_eX = self._new_copy_grads()
             for part, grad in zip(self.layout, copied, strict=True):
                 if grad is not None:
                     part.of(self._copy_grads_eX).add_(grad)
+
+    def _owned_grads(self) -> Tensor:
+        if self.chunks_eX.grad is None:  # an optimizer's zero_grad() came after the step's begin
+            self.zero_grad_chunks()
+        assert self.chunks_eX.grad is not None
+        return self.chunks_eX.grad
 
     def _new_copy_grads(self) -> Tensor:
         return self.chunks_eX.new_zeros(len(self.copied), self.chunk_numel, dtype=self.copy_grad_dtype)

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import ConfigError
+from parallel.late_ranks import in_words, late_ranks
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ class Topology:
         return box[0]
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Has a collective waited longer than it may? gloo raises a plain RuntimeError for it."""
+    return "Timed out waiting" in str(error)
+
+
 PATIENCE = timedelta(days=7)
 PEER_FAILED_EXIT_CODE = 3
 """Exit code of a rank that stops only because another one failed and has said why."""
@@ -172,10 +179,10 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
+    store: dist.Store = dist.HashStore()
     if "RANK" in env:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
         patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -185,6 +192,10 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
         yield Topology(
             rank, world_size, local_rank, local_world, device, reason, checkpoint_group, patient_group, timeout
         )
+    except RuntimeError as error:
+        if world_size > 1 and is_timeout(error):
+            error.add_note(in_words(late_ranks(store, rank, world_size)))
+        raise
     finally:
         # A rank that fails must not wait in the shutdown handshake for ranks that still compute.
         if dist.is_initialized():

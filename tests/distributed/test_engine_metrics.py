@@ -133,7 +133,7 @@ def observe_all(topology: Topology, cases: list[tuple[str, int, str]]) -> list[S
     return [observe(topology, *case) for case in cases]
 
 
-def test_numbers_are_what_their_definitions_say() -> None:
+def test_pain_12_numbers_are_what_their_definitions_say() -> None:
     cases = [("ep", 3), ("fssdp-keep", 6), ("fssdp-keep", 3), ("fssdp-rm", 3)]
     by_rank = run_distributed(observe_all, WORLD, [(mode, micro, "none") for mode, micro in cases])
     for seen, (mode, micro) in zip(zip(*by_rank, strict=True), cases, strict=True):

@@ -15,7 +15,7 @@ from benchmarks.cluster.cluster import Cluster
 from benchmarks.cluster.cpu_share import controller
 from benchmarks.cluster.network import missing_tools, sh
 from benchmarks.cluster.spec import ClusterSpec
-from tests.training_program import ROOT, losses, only_run, options, run
+from tests.training_program import ROOT, losses, only_run, options, run, run_forked, wait_for_step
 
 _problem = missing_tools() or (None if controller() else "no control group for CPU quotas is mounted here")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.skipif(_problem is not None, reason=str(_problem))]
@@ -138,3 +138,21 @@ def test_torchrun_on_two_nodes_of_two_ranks_trains_as_one_process(corpus: Path, 
     result = launched("--nodes", "2", "--ranks-per-node", "2", "--torchrun", "--cpu", "1", "--", *program, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(only_run(tmp_path / "four")) == pytest.approx(losses(only_run(tmp_path / "one")), rel=1e-5)
+
+
+def test_a_link_that_drops_ends_both_ranks_with_words_and_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+    args = ("train.steps=100000", "parallel.mode=fssdp-rm", "parallel.timeout_s=5", "checkpoint.interval=2")
+    program = [sys.executable, "launch/train.py", *options(corpus, tmp_path, *args)]
+    with Cluster(ClusterSpec(nodes=2, inter_mbit=200, cpu=1)) as cluster:
+        ranks = [cluster.start(rank, program, output=subprocess.PIPE) for rank in range(2)]
+        folder = wait_for_step(ranks[0], tmp_path, 5)
+        sh("ip", "-n", cluster.network.namespace(1), "link", "set", "eth0", "down")
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    for rank, output in enumerate(outputs):
+        assert ranks[rank].returncode == 1, output
+        assert f"rank {rank}: error: another rank is late: " in output, output
+        assert f"rank {1 - rank}" in output.split("another rank is late: ")[1], output
+    saved = max(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_??????"))
+    resumed = run_forked(2, "--resume", str(folder), f"train.stop_after={saved + 2}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert max(losses(folder)) == saved + 2

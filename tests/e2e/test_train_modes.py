@@ -91,6 +91,28 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(corpus: Path, tmp_path: P
     )
 
 
+def test_pain_14_the_others_go_on_without_a_rank_that_was_killed(corpus: Path, tmp_path: Path) -> None:
+    """Experts and their optimizer state are on one rank each; the last checkpoint has them all (vLLM 27774)."""
+    steady = ("optim.schedule=constant", "optim.warmup_steps=0", "train.global_batch=12", "checkpoint.interval=2")
+    args = (*steady, "model.moe.num_experts=6")
+    sharded = ("parallel.mode=fssdp-rm", "parallel.timeout_s=20")
+    process = start(3, *options(corpus, tmp_path / "three", *args, *sharded, "train.steps=100000"))
+    folder = wait_for_step(process, tmp_path / "three", 5)
+    workers = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(workers[2]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode not in (0, None), output
+    saved = max(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_??????"))
+    until = f"train.stop_after={saved + 3}"
+    resumed = run_forked(2, "--resume", str(folder), until)
+    assert resumed.returncode == 0, resumed.stderr
+    alone = run_forked(1, *options(corpus, tmp_path / "one", *args, until, "train.steps=100000"))
+    assert alone.returncode == 0, alone.stderr
+    assert losses(folder) == pytest.approx(losses(only_run(tmp_path / "one")), rel=1e-5)
+
+
 def test_ranks_with_other_options_are_told_which(corpus: Path, tmp_path: Path) -> None:
     port = str(free_port())
     processes = []

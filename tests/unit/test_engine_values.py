@@ -59,7 +59,7 @@ def test_a_row_of_metrics_has_them_only_where_there_is_an_engine(tmp_path: Path)
     assert "engine" not in local
 
 
-def test_trackers_get_a_bounded_set_of_scalars() -> None:
+def test_pain_12_trackers_get_a_bounded_set_of_scalars() -> None:
     values = train_values(RECORD, (0, 1))
     assert {name: value for name, value in values.items() if name.startswith("ranks/")} == {
         "ranks/imbalance_before": 1.75,
