@@ -8,13 +8,13 @@ uninterrupted one, because the state is part of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from moe.errors import CheckpointError
 from parallel.config import ParallelConfig
 from parallel.exchange import LinkModel
 from parallel.load_predictor import build_predictor
@@ -195,9 +195,22 @@ class CopyPolicy:
 
         Args:
             same_ranks: as many ranks as when it was saved.
+
+        Raises:
+            CheckpointError: the state is not what :meth:`state` gave for this model.
         """
-        with suppress(ValueError):  # another predictor now: it begins anew
-            self._predictor.load_state(state["predictor"])
+        try:
+            self._load_state(state, same_ranks)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's state of experts over ranks is damaged ({type(error).__name__}: {error});"
+                " resume from an earlier checkpoint"
+            ) from error
+
+    def _load_state(self, state: Mapping[str, Any], same_ranks: bool) -> None:
+        saved, here = state["predictor"], self._predictor.state()
+        if (saved["kind"], saved["window"]) == (here["kind"], here["window"]):  # else it begins anew
+            self._predictor.load_state(saved)
             self._rows_L = list(state["rows_L"])
         if not same_ranks:
             return

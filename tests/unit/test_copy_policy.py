@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
+from moe.errors import CheckpointError
 from parallel.config import ParallelConfig
 from parallel.copy_policy import PROFILED_STEPS, CopyPolicy
 from parallel.exchange import LinkModel
@@ -46,3 +51,40 @@ def test_owners_move_only_if_that_saves_time(expert_bytes: int, pays: bool, monk
     rows_W = [int(LOAD_LE[new_LE == rank].sum()) for rank in (0, 1)]
     assert rows_W == ([50, 50] if pays else [80, 20])
     assert np.bincount(new_LE[0]).tolist() == [2, 2]
+
+
+def policy_of(**options: object) -> CopyPolicy:
+    config = ParallelConfig(mode="fssdp-keep", overlap_degree=1, link_mbit=8, **options)
+    return run_single(lambda topology: CopyPolicy(config, topology, [0], OWNER_LE.shape))
+
+
+def saved() -> dict[str, Any]:
+    """The state of a policy that has seen a step, as a checkpoint gives it back."""
+    policy = policy_of()
+    policy.after_step(LOAD_LE, chunk_bytes=1, row_bytes=1, free_ns_L=[0], ns_per_row=1)
+    state: dict[str, Any] = json.loads(json.dumps(policy.state()))
+    return state
+
+
+def test_a_saved_state_predicts_as_before_unless_the_predictor_is_another_now() -> None:
+    alike, other = policy_of(), policy_of(predictor="ema")
+    alike.load_state(saved(), same_ranks=False)
+    other.load_state(saved(), same_ranks=True)
+    assert alike.state()["predictor"] == saved()["predictor"]
+    assert other.state()["predictor"] == policy_of(predictor="ema").state()["predictor"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("rows_L"),
+        lambda state: state["predictor"].update(recent=[[[1, 2]]]),
+        lambda state: state["predictor"].update(recent=[[[1, -2, 3, 4]]]),
+        lambda state: state.update(predictor=None),
+    ],
+)
+def test_a_damaged_state_is_named_and_not_dropped(damage: Callable[[dict[str, Any]], object]) -> None:
+    state = saved()
+    damage(state)
+    with pytest.raises(CheckpointError, match=r"state of experts over ranks is damaged .* resume from an earlier"):
+        policy_of().load_state(state, same_ranks=True)
