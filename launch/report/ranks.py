@@ -10,9 +10,9 @@ from launch.report.read_run import Row, mapping, number, whole
 
 SENT = {
     "copies": ("spAG",),
-    "their gradients": ("spRS",),
+    "gradients": ("spRS",),
     "tokens": ("tokens", "counts"),
-    "experts to new owners": ("owners",),
+    "moves": ("owners",),
 }
 """What travels, in words, and as which kinds it is counted; what never did is left out."""
 
@@ -44,8 +44,8 @@ def rank_charts(train: Sequence[Row]) -> list[Chart]:
             "Imbalance of ranks",
             "max / mean rows",
             [
-                mean_of_layers("if each expert ran on its owner", "imbalance_before_L"),
-                mean_of_layers("as they were computed", "imbalance_after_L"),
+                mean_of_layers("with experts on their owners", "imbalance_before_L"),
+                mean_of_layers("as computed", "imbalance_after_L"),
             ],
             note="1 is even; mean of the layers",
             floor=1.0,
@@ -59,18 +59,19 @@ def rank_charts(train: Sequence[Row]) -> list[Chart]:
         Chart(
             "Sent between ranks",
             "MiB a step, all ranks",
-            [line for line in sent if any(value > 0 for value in line.values)],
+            note="copies of experts, their gradients, tokens, and moves of experts to new owners",
+            series=[line for line in sent if any(value > 0 for value in line.values)],
             from_zero=True,
         ),
         Chart(
             "Time on the link",
             "seconds a step, mean of ranks",
             [
-                series("copies, hidden", "copies_hidden_s"),
-                series("copies, waited for", "copies_exposed_s"),
-                series("tokens, waited for", "tokens_waited_s"),
+                series("copies hidden", "copies_hidden_s"),
+                series("copies exposed", "copies_exposed_s"),
+                series("tokens", "tokens_waited_s"),
             ],
-            note="waiting for tokens includes waiting for later ranks",
+            note="exposed: ranks stood still for it; that for tokens includes waiting for later ranks",
             from_zero=True,
         ),
         Chart(
