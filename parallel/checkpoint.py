@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -336,12 +337,15 @@ def load_tensors(info: CheckpointInfo, tensors: dict[str, Tensor], topology: Top
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"checkpoint {info.path} has another structure than this run:\n  {shown}")
     try:
-        state_dict_loader.load(
-            tensors,
-            storage_reader=FileSystemReader(info.path),
-            process_group=topology.checkpoint_group,
-            no_dist=topology.checkpoint_group is None,
-        )
+        with warnings.catch_warnings():
+            # One rank that reads for itself means to.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_loader.load(
+                tensors,
+                storage_reader=FileSystemReader(info.path),
+                process_group=topology.checkpoint_group,
+                no_dist=topology.checkpoint_group is None,
+            )
     except DCP_ERRORS as error:
         raise CheckpointError(
             f"checkpoint {info.path} is damaged: {_root_cause(error)}" + _offer_previous(info.path)
