@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.harness import free_port
 from tests.training_program import ROOT, environment, losses, only_run, options, run_forked, start, wait_for_step
@@ -71,6 +74,30 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     assert run_forked(2, *options(corpus, parts, *args, "train.stop_after=7")).returncode == 0
     assert run_forked(2, "--resume", str(only_run(parts)), "train.stop_after=null").returncode == 0
     assert losses(only_run(parts)) == losses(only_run(whole))
+
+
+def biases(work: Path) -> dict[str, Tensor]:
+    """The gates' selection biases of the exported model."""
+    tensors = load_file(only_run(work) / "model" / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.endswith("selection_bias")}
+
+
+def test_pain_15_the_selection_bias_moves_once_a_step_by_all_ranks_loads(corpus: Path, tmp_path: Path) -> None:
+    """torchtitan 1324, 1506: accumulation, ranks that see other tokens and a resume change nothing about it."""
+    steps = ("train.steps=8", "train.global_batch=12", "model.moe.num_experts=6", "train.compute_dtype=fp64")
+    args = (*steps, "gate.selection_bias=sign", "gate.bias_update_rate=0.01")
+    spread = ("parallel.mode=fssdp-keep", "parallel.overlap_degree=2", "train.micro_batch=2")
+    alone = run_forked(1, *options(corpus, tmp_path / "one", *args, "train.micro_batch=null"))
+    assert alone.returncode == 0, alone.stderr
+    assert run_forked(2, *options(corpus, tmp_path / "two", *args, *spread, "train.stop_after=5")).returncode == 0
+    assert run_forked(3, "--resume", str(only_run(tmp_path / "two")), "train.stop_after=null").returncode == 0
+    wanted, found = biases(tmp_path / "one"), biases(tmp_path / "two")
+    assert len(wanted) == len(found) == 2
+    for name, bias_E in wanted.items():
+        moves_E = (bias_E / 0.01).round()
+        assert torch.allclose(bias_E.double(), 0.01 * moves_E.double(), atol=1e-6), "moves are of one size"
+        assert 0 < moves_E.abs().max() <= 8, "one move a step"
+        assert torch.equal((found[name] / 0.01).round().to(moves_E), moves_E)
 
 
 def test_a_rank_that_hangs_is_named_after_the_time_out(corpus: Path, tmp_path: Path) -> None:
