@@ -145,8 +145,7 @@ class TrainConfig(Section):
                 "parallel.dense: fsdp needs experts that are spread over ranks, and parallel.mode=local keeps them all"
                 " on every rank; parallel.mode=fsdp slices the whole model, ep, fssdp-keep and fssdp-rm go with it too"
             )
-        if self.parallel.node_link_mbit is not None and self.parallel.link_mbit is None:
-            problems.append("parallel.node_link_mbit: goes with parallel.link_mbit; without it links are measured")
+        problems += [f"parallel.{p}" for p in self.parallel.check()]
         problems += self._check_tracking()
         tokenizer = self.data.tokenizer
         if (tokenizer.kind == "file") != (tokenizer.path is not None):

@@ -27,7 +27,7 @@ def describe(layers: Layers, error: ValidationError, world_size: int, wrong: fro
     Args:
         wrong: sections that are known to have other problems.
     """
-    items = error.errors(include_url=False)
+    items = _one_per_option(error.errors(include_url=False), layers.values)
     problems = [_line(layers, item) for item in items]
     repaired = copy.deepcopy(layers.values)
     for item in items:
@@ -91,6 +91,23 @@ def field_at(keys: PathKeys, values: Mapping[str, Any]) -> FieldInfo | None:
         return None
     owner = _owner(keys[:-1], values)
     return owner.model_fields.get(str(keys[-1])) if owner else None
+
+
+def _one_per_option(items: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[ErrorDetails]:
+    """``items`` with one error for an option of several types; pydantic has one for each type."""
+    merged: dict[PathKeys, ErrorDetails] = {}
+    for item in items:
+        keys: PathKeys = item["loc"]
+        found = field_at(keys[:-1], values)
+        if found is None or get_origin(found.annotation) not in (Union, types.UnionType):
+            merged[keys] = item
+            continue
+        keys = keys[:-1]  # the last one names a type
+        message = re.sub(r", (unable to parse|got a number) .*", "", item["msg"])
+        if keys in merged:
+            message = f"{merged[keys]['msg']} or {message.removeprefix('Input should be ')}"
+        merged[keys] = {**item, "loc": keys, "msg": message}
+    return list(merged.values())
 
 
 def _line(layers: Layers, error: ErrorDetails) -> str:

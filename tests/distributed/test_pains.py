@@ -7,6 +7,7 @@ keeps of issues in DeepSpeed, Megatron, torchtitan, transformers and others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,24 @@ def test_pain_9_skew_neither_idles_ranks_nor_fills_memory() -> None:
     [
         ({"parallel": {"dense": "fsdp"}}, "parallel.dense: fsdp needs experts that are spread over ranks"),
         ({"parallel": {"node_link_mbit": 100}}, "parallel.node_link_mbit: goes with parallel.link_mbit"),
+        ({"parallel": {"planner": "spill"}}, "parallel.planner: spill decides which experts are copied, but"),
+        (
+            {"parallel": {"mode": "ep", "planner": "calibrate"}},
+            "parallel.planner: calibrate decides which experts are copied, but parallel.mode=ep makes no copies",
+        ),
+        (
+            {"parallel": {"mode": "fsdp", "max_copies": 2}},
+            "parallel.max_copies: 2 is a bound on copies that parallel.mode",
+        ),
+        ({"parallel": {"mode": "fsdp", "overlap_degree": 0}}, "parallel.overlap_degree: 0 is a bound on copies that"),
+        (
+            {"parallel": {"reshard_interval": 9}},
+            "parallel.reshard_interval: moving owners levels nothing with parallel.m",
+        ),
+        (
+            {"parallel": {"mode": "ep", "reshard_interval": 9, "overlap_degree": 2}},
+            "parallel.overlap_degree: with 2, parallel.reshard_interval=9 would leave the most loaded experts",
+        ),
         (
             {"parallel": {"mode": "local"}, "track": {"chrome_trace_step": 2}},
             "track.chrome_trace_step: shows the engine",
@@ -94,3 +113,18 @@ def test_pain_13_what_does_not_go_together_is_refused_in_words(changes: dict[str
     """Megatron 7452: combinations that are silently wrong."""
     problems = TrainConfig.model_validate(changes).check(world_size=4)
     assert any(problem.startswith(words) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "ep", "max_copies": 2, "overlap_degree": 4, "split": "balanced", "algorithm": "tree", "window": 9},
+        {"mode": "ep", "reshard_interval": 9},
+        {"mode": "local", "max_copies": 2, "overlap_degree": 4, "predictor": "ema"},
+        {"mode": "fsdp", "split": "balanced", "algorithm": "chain", "link_mbit": 100, "node_link_mbit": 200},
+        {"mode": "fssdp-rm", "max_copies": 1, "overlap_degree": 0, "planner": "spill", "reshard_interval": 9},
+    ],
+)
+def test_pain_13_what_does_no_harm_is_not_refused(options: dict[str, Any]) -> None:
+    """A run goes on in another mode without its bounds and rules being taken back one by one."""
+    assert ParallelConfig(**options).check() == []

@@ -294,6 +294,16 @@ def test_null_on_the_command_line() -> None:
         ("run.name='a", "Text can stand in quotes"),
         ("run.seed=18446744073709551616", "run.seed: must be less than 9223372036854775808"),
         ("parallel.timeout_s=1e+20", "parallel.timeout_s: must be less than or equal to 2000000"),
+        (
+            "parallel.max_copies=0",
+            "parallel.max_copies: is memory for less than one expert; 1 is the least, null sets no",
+        ),
+        (
+            "parallel.overlap_degree=-1",
+            "parallel.overlap_degree: must be greater than or equal to 0 or 'auto' (given: -1)",
+        ),
+        ("parallel.overlap_degree=all", "parallel.overlap_degree: must be a valid integer or 'auto' (given: 'all')"),
+        ("parallel.algorithm=chian", "'two_level' or 'auto' (given: 'chian'). Did you mean 'chain'?"),
         ("run=&a [*a]", "run: the value is not valid YAML: Circular reference"),
         ("run={name: 2024-99-99}", "run: the value is not valid YAML: month must be in 1..12"),
         ("run.name=a b", "run.name: must match pattern"),
