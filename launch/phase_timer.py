@@ -14,16 +14,20 @@ class PhaseTimer:
 
     Args:
         device: where the timed work runs.
+
+    Attributes:
+        latest: the phase that began last; "start" before any.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
+        self.latest = "start"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the block's wall time to ``name``."""
-        start = time.perf_counter()
+        start, self.latest = time.perf_counter(), name
         try:
             yield
         finally:

@@ -69,32 +69,17 @@ def main(argv: list[str] | None = None, program: tuple[str, ...] = ()) -> int:
             where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
             _print_error(rank, f"the ranks' meeting point {where} is in use: torchrun --master-port takes another one")
             return 1
-        if not _lost_a_peer(error):
+        from parallel.topology import is_timeout, lost_a_peer
+
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not (is_timeout(error) or lost_a_peer(error)):
             raise
-        time.sleep(GRACE_S)
-        if "Timed out waiting" in str(error):
-            late = "; ".join(getattr(error, "__notes__", []))
-            _print_error(rank, f"another rank is late: {late} ({_first_line(error)})")
+        who = ", ".join(reversed(getattr(error, "__notes__", []))) or "nobody knows which"
+        if is_timeout(error):
+            _print_error(rank, f"another rank is late: {who} ({_first_line(error)})")
         else:
-            _print_error(rank, f"lost the connection to another rank, whose own error says why ({_first_line(error)})")
+            time.sleep(GRACE_S)
+            _print_error(rank, f"lost the connection: {who}; its own error says why ({_first_line(error)})")
         return 1
-
-
-def _lost_a_peer(error: RuntimeError) -> bool:
-    """Does this look like the other end of somebody else's failure? gloo and NCCL raise plain RuntimeErrors for it."""
-    from torch.distributed import DistError
-
-    text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Socket closed",
-        "Broken pipe",
-        "Timed out waiting",
-    )
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
-        isinstance(error, DistError) or any(sign in text for sign in signs)
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -86,7 +86,12 @@ class Trainer:
             CheckpointError: the final checkpoint could not be written.
         """
         with self.interrupt.deferred():
-            return self._loop()
+            try:
+                return self._loop()
+            except RuntimeError as error:
+                # Collectives of dense parameters do not say themselves what they were for.
+                error.add_note(f"in step {self.step + 1}, {self.timer.latest}")
+                raise
 
     def _loop(self) -> int:
         config, begun = self.config, time.perf_counter() - self.elapsed_s

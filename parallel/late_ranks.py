@@ -1,7 +1,7 @@
-"""Who is late: asked when a collective has timed out, so that it costs nothing before.
+"""Who is late or gone: asked when a collective has failed, so that it costs nothing before.
 
-gloo says only that some message did not come. Every rank that has noticed leaves a mark in the store in which the ranks
-met; those without a mark after a while are the ones that everybody waits for.
+gloo says only that some message did not come or that some connection broke. Every rank that has noticed leaves a mark
+in the store in which the ranks met; those without a mark after a while are the ones that everybody waits for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch.distributed import Store
 
@@ -27,14 +28,15 @@ def late_ranks(store: Store, rank: int, world_size: int, patience_s: float = PAT
     answered = threading.Event()
 
     def ask() -> None:
-        store.set(_mark(rank), "waiting")
         deadline = time.monotonic() + patience_s
-        while missing:
-            missing[:] = [other for other in missing if not store.check([_mark(other)])]
-            answered.set()
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
+        with suppress(RuntimeError):  # the store's host is gone
+            store.set(_mark(rank), "waiting")
+            while missing:
+                missing[:] = [other for other in missing if not store.check([_mark(other)])]
+                answered.set()
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.1)
 
     # A store whose host hangs blocks whoever asks it, without a time limit.
     thread = threading.Thread(target=ask, daemon=True)
@@ -48,7 +50,7 @@ def in_words(late: Sequence[int] | None) -> str:
     if late is None:
         return "the process that the ranks met at, on the node of rank 0, does not answer"
     if not late:
-        return "all ranks answer now; one came later than parallel.timeout_s allows"
+        return "all ranks answer now; one came later than parallel.timeout_s allows, or a link broke"
     names = ", ".join(map(str, late))
     return f"rank {names} does not answer" if len(late) == 1 else f"ranks {names} do not answer"
 

@@ -126,6 +126,12 @@ def is_timeout(error: BaseException) -> bool:
     return "Timed out waiting" in str(error)
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Does this look like the other end of somebody else's failure? gloo and NCCL raise plain RuntimeErrors for it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 PATIENCE = timedelta(days=7)
 PEER_FAILED_EXIT_CODE = 3
 """Exit code of a rank that stops only because another one failed and has said why."""
@@ -193,7 +199,7 @@ def connect(timeout_s: float = 600.0) -> Iterator[Topology]:
             rank, world_size, local_rank, local_world, device, reason, checkpoint_group, patient_group, timeout
         )
     except RuntimeError as error:
-        if world_size > 1 and is_timeout(error):
+        if world_size > 1 and (is_timeout(error) or lost_a_peer(error)):
             error.add_note(in_words(late_ranks(store, rank, world_size)))
         raise
     finally:

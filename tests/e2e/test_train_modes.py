@@ -102,7 +102,7 @@ def test_pain_15_the_selection_bias_moves_once_a_step_by_all_ranks_loads(corpus:
 
 def test_a_rank_that_hangs_is_named_after_the_time_out(corpus: Path, tmp_path: Path) -> None:
     args = ("train.steps=100000", "parallel.mode=ep", "parallel.timeout_s=5", "model.num_layers=6")
-    process = start(2, *options(corpus, tmp_path, *args))
+    process = start(2, *options(corpus, tmp_path, *args), launcher=("--shutdown-timeout=2",))
     wait_for_step(process, tmp_path, 2)
     workers = subprocess.run(
         ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
