@@ -176,8 +176,10 @@ def plan_more_copies(
     Raises:
         PlacementError: as :func:`plan_copies`.
     """
-    before = int(rows_per_rank(load_E, current).max())
-    if (before - int(load_E.sum()) // current.world_size) * ns_per_row <= ns_per_copy:
+    before, world = int(rows_per_rank(load_E, current).max()), current.world_size
+    # No rank can end below the mean, except by the rests of experts with copies, which rows_per_rank leaves out.
+    rests = (overlap_degree + int(np.count_nonzero(current.copies_E))) * (world - 1)
+    if (before - max(0, int(load_E.sum()) - rests) // world) * ns_per_row <= ns_per_copy:
         return current  # a level layer would not pay for one copy
     more = plan_copies(current, load_E, overlap_degree, max_copies, node_W)
     received = int((more.copies_W - current.copies_W).max())

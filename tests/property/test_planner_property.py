@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from parallel.placement import Placement, check_materialises
@@ -128,11 +128,14 @@ def test_only_proportions_of_loads_matter_for_copies(
     assert one == plan_copies(sharding, load_E * factor, overlap_degree, max_copies, node_W)
 
 
+TWO_RANKS = Placement(np.array([1, 1, 1, 0]), world_size=2)
+
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
 @given(situations(), st.integers(0, 8), st.integers(0, 4), st.integers(0, 100), st.integers(0, 10**6))
+@example((TWO_RANKS, np.array([0, 1, 0, 1]), [0, 0], np.random.default_rng(1)), 1, 1, 1, 0)
 def test_more_copies_are_made_exactly_where_they_pay(
     situation: tuple[Placement, np.ndarray, list[int], np.random.Generator],
     overlap_degree: int,
