@@ -4,18 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= tiny
+JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export OMP_NUM_THREADS ?= 1
 # Ranks talk over loopback; without this gloo asks the resolver for this machine's name.
 export GLOO_SOCKET_IFNAME ?= lo
 
-.PHONY: help demo test test-fast lint types install install-dev train clean
+.PHONY: help demo test test-fast test-explore lint types install install-dev train clean
 
 help:
 	@echo "make demo       install, train the $(RECIPE) recipe on $(RANKS) processes, print a sample"
 	@echo "make test       install the dev extra, then lint, types, import rules and every test that can run here"
 	@echo "make test-fast  unit and property tests only"
+	@echo "make test-explore  property tests with new random examples"
 	@echo "make train      train $(RECIPE) again (RECIPE=name RANKS=n)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -41,11 +43,16 @@ demo: install
 train: install
 	@$(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py --config launch/configs/$(RECIPE).yaml
 
-test: install-dev lint types
-	@$(BIN)/python -m pytest
+# Unit tests side by side; tests that start processes of their own one after another.
+test: install-dev lint types test-fast
+	@$(BIN)/python -m pytest -m "not unit"
 
 test-fast: install-dev
-	@$(BIN)/python -m pytest -m unit
+	@$(BIN)/python -m pytest -m unit -n $(JOBS) -q
+
+# Property tests with new random examples: for nights. What it finds becomes an @example.
+test-explore: install-dev
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/property tests/unit -m unit -n $(JOBS) -q
 
 lint: install-dev
 	@$(BIN)/ruff check .

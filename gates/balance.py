@@ -90,6 +90,27 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, std: Tensor | float, k: int,
     return passed_E
 
 
+def quantile_bias(score_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
+    """(E,) bias under which each expert would be among the k best of its share T k / E of these tokens, others staying.
+
+    One round of block coordinate ascent on the dual of the balanced assignment: a token's threshold is its (k + 1)-th
+    best score + bias, and an expert's bias puts its (T k / E)-th best margin just above 0 (Megatron-LM's quantile
+    balancing).
+
+    Args:
+        score_TE: (T, E) scores that are compared; T >= 1, k < E.
+        bias_E: (E,) bias that they were compared with.
+        k: experts per token.
+    """
+    num_tokens, num_experts = score_TE.shape
+    threshold_T1 = (score_TE + bias_E).topk(k + 1, -1).values[:, k:]
+    margin_ET = (score_TE - threshold_T1).t().contiguous()
+    wanted = max(1, min(num_tokens - 1, round(num_tokens * k / num_experts)))
+    best_EC = margin_ET.topk(min(wanted + 1, num_tokens), -1).values
+    middle_E = (best_EC[:, wanted - 1] + best_EC[:, -1]) / 2
+    return -(middle_E - middle_E.mean())
+
+
 def sign_bias_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     """b_e + u * sign(mean load - load_e): balance without a loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
 

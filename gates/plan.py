@@ -19,6 +19,25 @@ class PlanKind(Enum):
 
     SPARSE = "sparse"
     DENSE = "dense"  # every token goes to every expert, N = T * E, experts in index order
+    SLOTS = "slots"  # as dense, but experts see the plan's slots instead of tokens
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Rows for experts that are mixtures of tokens (Soft MoE).
+
+    Attributes:
+        dispatch_TS: (T, S) differentiable weight of each token in each slot; a slot's add up to 1.
+        combine_TS: (T, S) differentiable weight of each slot's output in each token's.
+        slots_per_expert: S / E; an expert's slots are neighbours.
+    """
+
+    dispatch_TS: Tensor
+    combine_TS: Tensor
+    slots_per_expert: int
+
+    def detach(self) -> Slots:
+        return Slots(self.dispatch_TS.detach(), self.combine_TS.detach(), self.slots_per_expert)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,9 @@ class RoutingPlan:
         kind: see :class:`PlanKind`.
         before_drop: the selection before pairs were dropped, detached; None when no pair was.
         kept_M: (M,) bool, which of the M pairs of ``before_drop`` this plan keeps; a replay repeats the drop with it.
+        undispatched: pairs with experts that the gate itself computes (zero-computation experts), numbered from 0;
+            None for a gate without. They count in no load.
+        slots: what experts see where ``kind`` is SLOTS; the pairs then say how much of each expert a token gets.
     """
 
     row_ptr_T1: Tensor
@@ -50,6 +72,8 @@ class RoutingPlan:
     kind: PlanKind = PlanKind.SPARSE
     before_drop: RoutingPlan | None = None
     kept_M: Tensor | None = None
+    undispatched: RoutingPlan | None = None
+    slots: Slots | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +99,16 @@ class RoutingPlan:
         """(N,) int64 stable permutation that sorts the pairs by expert, tokens ascending within an expert."""
         return torch.argsort(self.expert_N, stable=True)
 
+    def pick(self, value_TE: Tensor) -> Tensor:
+        """(N,) the entry of ``value_TE`` (T, E) for each pair; differentiable."""
+        if self.uniform_k is not None and self.num_tokens:
+            return value_TE.gather(1, self.expert_N.view(self.num_tokens, -1)).reshape(-1)
+        return value_TE[self.token_N(), self.expert_N]
+
+    def sum_rows(self, value_N: Tensor) -> Tensor:
+        """(T,) sum over the pairs of each token; differentiable, 0 for a token without pairs."""
+        return value_N.new_zeros(self.num_tokens).index_add(0, self.token_N(), value_N)
+
     def dense_weight_TE(self) -> Tensor:
         """(T, E) weights with zeros where a token does not visit an expert. For tests and analysis, not for speed."""
         weight_TE = self.weight_N.new_zeros(self.num_tokens, self.num_experts)
@@ -83,7 +117,11 @@ class RoutingPlan:
     def detach(self) -> RoutingPlan:
         """The same plan without autograd history: what a replay (recompute, second pass) keeps."""
         residual_T = None if self.residual_T is None else self.residual_T.detach()
-        return replace(self, weight_N=self.weight_N.detach(), residual_T=residual_T)
+        undispatched = None if self.undispatched is None else self.undispatched.detach()
+        slots = None if self.slots is None else self.slots.detach()
+        return replace(
+            self, weight_N=self.weight_N.detach(), residual_T=residual_T, undispatched=undispatched, slots=slots
+        )
 
     def with_weight(self, weight_N: Tensor) -> RoutingPlan:
         """The same selection with other weights."""
@@ -182,13 +220,43 @@ def insert_padding(plan: RoutingPlan, valid_T: Tensor) -> RoutingPlan:
     residual_T = None
     if plan.residual_T is not None:
         residual_T = plan.residual_T.new_zeros(valid_T.numel()).masked_scatter(valid_T, plan.residual_T)
+    slots = plan.slots
+    if slots is not None:
+        dispatch_TS, combine_TS = (
+            part.new_zeros(valid_T.numel(), part.shape[1]).index_put((valid_T,), part)
+            for part in (slots.dispatch_TS, slots.combine_TS)
+        )
+        slots = Slots(dispatch_TS, combine_TS, slots.slots_per_expert)
     return replace(
         plan,
         row_ptr_T1=size_T.cumsum(0),
         uniform_k=None,
-        kind=PlanKind.SPARSE,
+        kind=PlanKind.SPARSE if slots is None else PlanKind.SLOTS,
+        slots=slots,
         residual_T=residual_T,
         before_drop=None if plan.before_drop is None else insert_padding(plan.before_drop, valid_T),
+        undispatched=None if plan.undispatched is None else insert_padding(plan.undispatched, valid_T),
+    )
+
+
+def remove_padding(plan: RoutingPlan, valid_T: Tensor) -> RoutingPlan:
+    """Plan of all T tokens -> plan of the valid ones alone, in order: undoes :func:`insert_padding`.
+
+    Raises:
+        ValueError: a token of padding has pairs.
+    """
+    size_T = plan.row_ptr_T1.diff()
+    if bool(size_T[~valid_T].any()):
+        raise ValueError("the plan routes tokens that are padding")
+    size_U = size_T[valid_T]
+    row_ptr_U1 = torch.zeros(size_U.numel() + 1, dtype=torch.int64, device=size_U.device)
+    torch.cumsum(size_U, 0, out=row_ptr_U1[1:])
+    return replace(
+        plan,
+        row_ptr_T1=row_ptr_U1,
+        residual_T=None if plan.residual_T is None else plan.residual_T[valid_T],
+        before_drop=None if plan.before_drop is None else remove_padding(plan.before_drop, valid_T),
+        undispatched=None if plan.undispatched is None else remove_padding(plan.undispatched, valid_T),
     )
 
 

@@ -6,31 +6,31 @@ Switch Transformer   k=1 renormalise=false jitter=0.01 capacity_factor=1.25 (arX
 GShard               noise=second_choice capacity_factor=1 drop_policy=choice renormalise_kept=true (arXiv 2006.16668)
 Noisy top-k          noise=learned balance_coef=0 importance_coef=.1 load_coef=.1 (Shazeer et al., arXiv 1701.06538)
 V-MoE                renormalise=false noise=fixed balance_coef=0 importance_coef=.005 load_coef=.005 (arXiv 2106.05974)
-DeepSeek-V3          k=8 score=sigmoid scale=2.5 selection_bias=sign num_groups=8 topk_groups=4 (arXiv 2412.19437)
+DeepSeek-V3          k=8 score=sigmoid scale=2.5 balance=bias num_groups=8 topk_groups=4 (arXiv 2412.19437)
 ===================  ==================================================================================================
 
 Scores, losses and weights are computed in fp32 (fp64 when tokens and weight are fp64), under autocast too. Routing of
 a token depends on nothing but the token, except where capacity drops pairs, which happens in training only.
 
-Shape suffixes: T tokens, U tokens without padding, D width, E experts, K experts per token.
+Shape suffixes: T tokens, D width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gates import balance
 from gates.base import Causality, Gate, GateConfig, GateInput, GateOutput, Mode, check_finite
 from gates.capacity import DropPolicy, apply_capacity, expert_capacity, normalise_rows
 from gates.metrics import plan_metrics
-from gates.plan import RoutingPlan, insert_padding, keep_pairs
+from gates.plan import RoutingPlan, keep_pairs
 from gates.registry import register_gate
 from gates.scores import ScoreFunction, limit_groups, log_score, score, top_k
 
@@ -58,12 +58,14 @@ class TopKConfig(GateConfig):
         lt=1,
         description="in training the gate sees x * U(1 - jitter, 1 + jitter); the experts see x (Switch)",
     )
-    selection_bias: Literal["none", "frozen", "sign"] = Field(
-        "none",
-        description="a bias per expert that is added for selection only; sign: moves towards even load after each"
-        " optimizer step (auxiliary-loss-free balance), frozen: stays as it was loaded",
+    balance: Literal["aux", "bias", "quantile", "frozen"] = Field(
+        "aux",
+        description="what keeps loads even; aux: the balance loss alone. The others add a number per expert to the"
+        " scores for selection only; bias: it moves by a fixed step towards even load after each optimizer step"
+        " (auxiliary-loss-free, arXiv 2408.15664), quantile: to where each expert would have its share of the step's"
+        " tokens; both leave balance_coef at 0 unless it is given. frozen: it stays as it was loaded",
     )
-    bias_update_rate: float = Field(1e-3, gt=0, description="selection_bias=sign: step u of the update")
+    bias_update_rate: float = Field(1e-3, gt=0, description="balance=bias: step u of the update")
     num_groups: int = Field(1, ge=1, description="experts stand in this many groups of neighbours")
     topk_groups: int = Field(1, ge=1, description="a token may use this many groups")
     group_top: int = Field(2, ge=1, description="a group's score is the sum of this many best (DeepSeek-V2: 1, V3: 2)")
@@ -96,6 +98,13 @@ class TopKConfig(GateConfig):
     load_coef: float = Field(0.0, ge=0, description="weight of CV^2 of the smooth load; needs noise learned or fixed")
     init_std: float = Field(0.02, ge=0, description="standard deviation of the initial weight")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_loss_besides_a_bias(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("balance") in ("bias", "quantile"):
+            return {"balance_coef": 0.0, **values}
+        return values
+
     @property
     def weights_add_up(self) -> bool:
         """Whether the weights of a token add up to ``scale`` before capacity drops any."""
@@ -121,7 +130,7 @@ class TopKConfig(GateConfig):
         divides = num_experts % groups == 0
         reachable = used * num_experts // groups
         second, smooth = self.noise == "second_choice", self.noise in ("learned", "fixed")
-        shifted = self.selection_bias != "none" or groups > 1
+        shifted = self.balance != "aux" or groups > 1
         load, kept = self.load_coef > 0, self.renormalise_kept
         rules = [
             ("k", self.k > num_experts, f"{self.k} experts per token, but there are only {num_experts}"),
@@ -135,23 +144,24 @@ class TopKConfig(GateConfig):
                 f"{used} of {groups} groups hold {reachable} experts, fewer than k={self.k}",
             ),
             ("noise", second and self.k == 1, "second_choice needs k of 2 or more"),
-            ("noise", second and shifted, "second_choice goes with neither selection_bias nor groups"),
+            ("noise", second and shifted, "second_choice goes with neither a selection bias (balance) nor groups"),
             ("load_coef", load and not smooth, "the load loss needs noise learned or fixed"),
-            ("load_coef", load and shifted, "the load loss goes with neither selection_bias nor groups"),
+            ("load_coef", load and shifted, "the load loss goes with neither a selection bias (balance) nor groups"),
             ("load_coef", load and self.k == num_experts, "with k = E every load is the same"),
+            ("balance", self.balance == "quantile" and self.k >= num_experts, "with k = E there is nothing to balance"),
             ("renormalise_kept", kept and not self.weights_add_up, "needs renormalise (or a softmax over the chosen)"),
         ]
         problems = [f"{field}: {message}" for field, wrong, message in rules if wrong]
         capacity = self.capacity_factor is not None
         for field, parent_is_on, parent in (
             ("noise_std", self.noise == "fixed", "noise=fixed"),
-            ("bias_update_rate", self.selection_bias == "sign", "selection_bias=sign"),
+            ("bias_update_rate", self.balance == "bias", "balance=bias"),
             ("group_top", groups > 1, "num_groups above 1"),
             ("min_capacity", capacity, "capacity_factor"),
             ("drop_policy", capacity, "capacity_factor"),
             ("renormalise_kept", capacity, "capacity_factor"),
         ):
-            if not parent_is_on and getattr(self, field) != type(self).model_fields[field].default:
+            if not parent_is_on and getattr(self, field) != TopKConfig.model_fields[field].default:
                 problems.append(f"{field}: has no effect without {parent}")
         return problems
 
@@ -173,7 +183,7 @@ class TopKGate(Gate):
         super().__init__(config, dim, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.noise_weight = nn.Parameter(torch.empty(num_experts, dim)) if config.noise == "learned" else None
-        has_bias = config.selection_bias != "none"
+        has_bias = config.balance != "aux"
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32) if has_bias else None)
         self._declare()
         self.reset_parameters()
@@ -205,112 +215,95 @@ class TopKGate(Gate):
     def max_k(self) -> int:
         return self.config.k
 
-    def forward(self, inp: GateInput) -> GateOutput:
-        """See :meth:`Gate.forward`.
-
-        Raises:
-            GateNumericsError: a logit is NaN or infinite.
-            ValueError: the replayed plan was not made by this gate's options for these tokens.
-        """
-        with torch.autocast(inp.x_TD.device.type, enabled=False):
-            return self._route(inp)
-
-    def _route(self, inp: GateInput) -> GateOutput:
-        config = self.config
-        valid_T, x_UD, segment_U = inp.valid_T, inp.x_TD, inp.segment_T
-        if valid_T is not None and bool(valid_T.all()):
-            valid_T = None
-        if valid_T is not None:  # everything below sees real tokens only
-            x_UD, segment_U = x_UD[valid_T], None if segment_U is None else segment_U[valid_T]
-        num_tokens = x_UD.shape[0]
-        rng = inp.rng if inp.mode is Mode.TRAIN else None
-
-        x_UD = self._cast(x_UD)
+    def route(self, inp: GateInput) -> GateOutput:
+        """See :meth:`Gate.route`; ValueError if the plan to replay was not made by this gate's options."""
+        config, x_TD, rng = self.config, inp.x_TD, inp.noise
         if config.jitter and rng is not None:
-            x_UD = x_UD * (1 + config.jitter * (2 * _draw(torch.rand, x_UD, rng) - 1))
-        logits_UE = F.linear(x_UD, self.weight.to(x_UD.dtype))
-        check_finite(logits_UE, config.name)
-        std = self._noise_std(x_UD) if rng is not None else None
-        noisy_UE = logits_UE if std is None or rng is None else logits_UE + std * _draw(torch.randn, logits_UE, rng)
+            x_TD = x_TD * (1 + config.jitter * (2 * _draw(torch.rand, x_TD, rng) - 1))
+        logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        check_finite(logits_TE, config.name)
+        std = self._noise_std(x_TD) if rng is not None else None
+        noisy_TE = logits_TE if std is None or rng is None else logits_TE + std * _draw(torch.randn, logits_TE, rng)
 
-        if inp.replay is None:
-            expert_UK = self._select(noisy_UE, rng)
-        else:
-            expert_UK = self._replayed_selection(inp.replay, inp.x_TD.shape[0], num_tokens)
-        with_losses = inp.mode not in (Mode.PREFILL, Mode.DECODE)
-        probs_UE = None
-        if (with_losses and config.balance_coef) or (config.score == "softmax" and not config.weights_add_up):
-            probs_UE = log_score(logits_UE, config.score).softmax(-1)
-        weight_UK = self._weights(noisy_UE, probs_UE if std is None else None, expert_UK)
-        offered = RoutingPlan.from_topk(expert_UK, weight_UK, self.num_experts)
-        plan = self._drop(offered, inp, noisy_UE)
+        expert_TK = self._select(noisy_TE, rng) if inp.replay is None else self._replayed_selection(inp.replay)
+        probs_TE = None
+        if (inp.with_losses and config.balance_coef) or (config.score == "softmax" and not config.weights_add_up):
+            probs_TE = log_score(logits_TE, config.score).softmax(-1)
+        weight_TK = self._weights(noisy_TE, probs_TE if std is None else None, expert_TK)
+        offered = RoutingPlan.from_topk(expert_TK, weight_TK, self.num_experts)
+        plan = self._drop(offered, inp, noisy_TE)
 
         aux: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        if with_losses:
-            if probs_UE is not None and config.balance_coef:
-                aux["balance"] = self._balance(probs_UE, offered, segment_U, inp.reduce_load)
-            aux |= self._other_losses(logits_UE, noisy_UE, std, offered)
-            metrics = plan_metrics(plan, num_tokens)
+        if inp.with_losses:
+            if probs_TE is not None and config.balance_coef:
+                aux["balance"] = self._balance(probs_TE, offered, inp.segment_T, inp.reduce_load)
+            aux |= self._other_losses(logits_TE, noisy_TE, std, offered)
+            metrics = plan_metrics(plan)
             if self.selection_bias is not None:
                 metrics["bias_range"] = self.selection_bias.amax() - self.selection_bias.amin()
-        logits_TE = logits_UE
-        if valid_T is not None:
-            plan = insert_padding(plan, valid_T)
-            logits_TE = logits_UE.new_zeros(valid_T.numel(), self.num_experts).index_put((valid_T,), logits_UE)
-        return GateOutput(plan, aux, metrics, logits_TE)
+        return GateOutput(plan, aux, metrics, logits_TE, signals=self._signals(logits_TE, inp))
 
-    def _cast(self, x_UD: Tensor) -> Tensor:
-        both_double = x_UD.dtype == self.weight.dtype == torch.float64
-        return x_UD.to(torch.float64 if both_double else torch.float32)
+    @torch.no_grad()
+    def _signals(self, logits_TE: Tensor, inp: GateInput) -> dict[str, Tensor]:
+        """balance=quantile: where this micro-batch wants the bias, weighed by its tokens."""
+        config, bias_E = self.config, self.selection_bias
+        if config.balance != "quantile" or inp.mode is not Mode.TRAIN or bias_E is None:
+            return {}
+        tokens = float(logits_TE.shape[0])
+        if not tokens:
+            return {"bias": torch.zeros_like(bias_E), "tokens": torch.tensor(0.0)}
+        choice_TE = logits_TE if config.order == "topk_then_score" else score(logits_TE, config.score)
+        wanted_E = balance.quantile_bias(choice_TE, bias_E.to(choice_TE.dtype), config.k)
+        return {"bias": wanted_E.float() * tokens, "tokens": torch.tensor(tokens)}
 
-    def _noise_std(self, x_UD: Tensor) -> Tensor | float | None:
-        """Standard deviation of the Gaussian noise on the logits, (U, E) or one number; None without such noise."""
+    def _noise_std(self, x_TD: Tensor) -> Tensor | float | None:
+        """Standard deviation of the Gaussian noise on the logits, (T, E) or one number; None without such noise."""
         if self.noise_weight is not None:
-            return F.softplus(F.linear(x_UD, self.noise_weight.to(x_UD.dtype)))
+            return F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         return self.config.noise_std / self.num_experts if self.config.noise == "fixed" else None
 
     @torch.no_grad()
-    def _select(self, logits_UE: Tensor, rng: torch.Generator | None) -> Tensor:
-        """(U, K) chosen experts, best first."""
+    def _select(self, logits_TE: Tensor, rng: torch.Generator | None) -> Tensor:
+        """(T, K) chosen experts, best first."""
         config, bias_E = self.config, self.selection_bias
         plain = bias_E is None and config.num_groups == 1
         # Every score grows with its logit: without bias or groups the logits choose the same experts, and at once.
-        choice_UE = logits_UE if plain or config.order == "topk_then_score" else score(logits_UE, config.score)
+        choice_TE = logits_TE if plain or config.order == "topk_then_score" else score(logits_TE, config.score)
         if bias_E is not None:
-            choice_UE = choice_UE + bias_E.to(choice_UE.dtype)
+            choice_TE = choice_TE + bias_E.to(choice_TE.dtype)
         if config.num_groups > 1:
-            choice_UE = limit_groups(choice_UE, config.num_groups, config.topk_groups, config.group_top)
+            choice_TE = limit_groups(choice_TE, config.num_groups, config.topk_groups, config.group_top)
         if config.noise != "second_choice" or rng is None:
-            return top_k(choice_UE, config.k)
+            return top_k(choice_TE, config.k)
         # log of a score + Gumbel noise: drawing the other choices without replacement, in proportion to the scores.
-        first_U1 = top_k(choice_UE, 1)
-        gumbel_UE = -_draw(torch.rand, choice_UE, rng).clamp_min(torch.finfo(choice_UE.dtype).tiny).log().neg().log()
-        others_UE = (log_score(logits_UE, config.score) + gumbel_UE).scatter(1, first_U1, -torch.inf)
-        return torch.cat([first_U1, top_k(others_UE, config.k - 1)], 1)
+        first_T1 = top_k(choice_TE, 1)
+        gumbel_TE = -_draw(torch.rand, choice_TE, rng).clamp_min(torch.finfo(choice_TE.dtype).tiny).log().neg().log()
+        others_TE = (log_score(logits_TE, config.score) + gumbel_TE).scatter(1, first_T1, -torch.inf)
+        return torch.cat([first_T1, top_k(others_TE, config.k - 1)], 1)
 
-    def _replayed_selection(self, replay: RoutingPlan, num_tokens: int, num_valid: int) -> Tensor:
-        """(U, K) experts that ``replay`` chose, those that capacity dropped included."""
-        chosen = replay.before_drop or replay
-        if replay.num_tokens != num_tokens or chosen.num_pairs != num_valid * self.config.k:
+    def _replayed_selection(self, replay: RoutingPlan) -> Tensor:
+        """(T, K) experts that ``replay`` chose, those that capacity dropped included."""
+        chosen, k = replay.before_drop or replay, self.config.k
+        if chosen.num_pairs != replay.num_tokens * k:
             raise ValueError(
                 f"gate {self.config.name!r}: the plan to replay has {chosen.num_pairs} pairs of {replay.num_tokens}"
-                f" tokens; {num_tokens} tokens, {num_valid} of them valid, with k={self.config.k} are to be routed"
+                f" tokens, not k={k} of each"
             )
-        return chosen.expert_N.view(num_valid, self.config.k)
+        return chosen.expert_N.view(-1, k)
 
-    def _weights(self, logits_UE: Tensor, softmax_UE: Tensor | None, expert_UK: Tensor) -> Tensor:
-        """(U, K) combine weights of the chosen pairs, differentiable; ``softmax_UE`` of the logits if it is at hand."""
+    def _weights(self, logits_TE: Tensor, softmax_TE: Tensor | None, expert_TK: Tensor) -> Tensor:
+        """(T, K) combine weights of the chosen pairs, differentiable; ``softmax_TE`` of the logits if it is at hand."""
         config = self.config
         if config.weights_add_up:  # s_i / sum of chosen s, without ever forming an s that could underflow
-            weight_UK = log_score(logits_UE.gather(1, expert_UK), config.score).softmax(-1)
+            weight_TK = log_score(logits_TE.gather(1, expert_TK), config.score).softmax(-1)
         elif config.score == "softmax":
-            weight_UK = (logits_UE.softmax(-1) if softmax_UE is None else softmax_UE).gather(1, expert_UK)
+            weight_TK = (logits_TE.softmax(-1) if softmax_TE is None else softmax_TE).gather(1, expert_TK)
         else:
-            weight_UK = score(logits_UE.gather(1, expert_UK), config.score)
-        return weight_UK if config.scale == 1 else weight_UK * config.scale
+            weight_TK = score(logits_TE.gather(1, expert_TK), config.score)
+        return weight_TK if config.scale == 1 else weight_TK * config.scale
 
-    def _drop(self, offered: RoutingPlan, inp: GateInput, logits_UE: Tensor) -> RoutingPlan:
+    def _drop(self, offered: RoutingPlan, inp: GateInput, logits_TE: Tensor) -> RoutingPlan:
         """Capacity, in training only; a replay drops what was dropped before."""
         config = self.config
         if config.capacity_factor is None or inp.mode is not Mode.TRAIN:
@@ -326,73 +319,68 @@ class TopKGate(Gate):
                 policy = "position"
             score_N = None
             if policy == "probs":
-                score_N = score(logits_UE.detach(), config.score)[offered.token_N(), offered.expert_N]
+                score_N = score(logits_TE.detach(), config.score)[offered.token_N(), offered.expert_N]
             plan = apply_capacity(offered, capacity, policy, score_N, inp.rng)
         return normalise_rows(plan, config.scale) if config.renormalise_kept else plan
 
     def _balance(
         self,
-        probs_UE: Tensor,
+        probs_TE: Tensor,
         offered: RoutingPlan,
-        segment_U: Tensor | None,
+        segment_T: Tensor | None,
         reduce_load: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """The balance loss over the configured scope: offered load against probabilities without noise."""
         scope = self.config.balance_scope
-        if scope == "sequence" and segment_U is not None:
-            return balance.sequence_balance_loss(probs_UE, offered.expert_N, offered.token_N(), segment_U)
+        if scope == "sequence" and segment_T is not None:
+            return balance.sequence_balance_loss(probs_TE, offered.expert_N, offered.token_N(), segment_T)
         load_E = offered.load_E
         if scope == "global" and reduce_load is not None:
             load_E = reduce_load(load_E)
-        return balance.balance_loss(probs_UE, load_E)
+        return balance.balance_loss(probs_TE, load_E)
 
     def _other_losses(
-        self, logits_UE: Tensor, noisy_UE: Tensor, std: Tensor | float | None, offered: RoutingPlan
+        self, logits_TE: Tensor, noisy_TE: Tensor, std: Tensor | float | None, offered: RoutingPlan
     ) -> dict[str, Tensor]:
         """z, importance and load losses, those whose coefficient is not 0."""
         config = self.config
         aux: dict[str, Tensor] = {}
         if config.z_coef:
-            aux["z"] = balance.z_loss(logits_UE)
+            aux["z"] = balance.z_loss(logits_TE)
         if config.importance_coef:
             if config.noise == "fixed":
-                total_E = logits_UE.softmax(-1).sum(0)
+                total_E = logits_TE.softmax(-1).sum(0)
             else:
                 total_E = balance.importance(offered.expert_N, offered.weight_N, self.num_experts)
             aux["importance"] = balance.cv_squared(total_E)
         if config.load_coef and std is not None:
             shazeer = config.noise == "learned"
-            load_E = balance.smooth_load(logits_UE, noisy_UE, std, config.k, exclude_self=shazeer)
+            load_E = balance.smooth_load(logits_TE, noisy_TE, std, config.k, exclude_self=shazeer)
             aux["load"] = balance.cv_squared(load_E)
         return aux
 
     @torch.no_grad()
-    def end_step(self, load_E: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Move the selection bias towards even load (``selection_bias=sign``). See :meth:`Gate.end_step`."""
-        if self.selection_bias is not None and self.config.selection_bias == "sign":
+    def end_step(self, load_E: Tensor, signals: Mapping[str, Tensor]) -> None:
+        """Move the selection bias (``balance`` is bias or quantile). See :meth:`Gate.end_step`."""
+        if self.selection_bias is None:
+            return
+        if self.config.balance == "bias":
             load_E = load_E.to(self.selection_bias.device)
             rate = self.config.bias_update_rate
             self.selection_bias.copy_(balance.sign_bias_update(self.selection_bias, load_E, rate))
+        elif self.config.balance == "quantile" and signals and float(signals["tokens"]):
+            self.selection_bias.copy_(signals["bias"] / signals["tokens"])
 
     def causal_surrogate(self) -> TopKGate:
         """This gate without capacity, on the same parameters; itself when it is dropless."""
         if self.config.capacity_factor is None:
             return self
         off = ("capacity_factor", "min_capacity", "drop_policy", "renormalise_kept")
-        defaults = {field: TopKConfig.model_fields[field].default for field in off}
+        defaults = {field: TopKConfig.model_fields[field].default for field in off}  # not those of a preset
         surrogate = copy.copy(self)  # shares parameters and buffers
         surrogate.config = self.config.model_copy(update=defaults)
         surrogate._declare()
         return surrogate
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keeps the selection bias in fp32 when the model goes to half precision: its steps are too small for bf16."""
-        before = self.selection_bias
-        super()._apply(fn, recurse)
-        after = self.selection_bias
-        if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
-            self.selection_bias = before.to(after.device)
-        return self
 
 
 def _draw(sample: Callable[..., Tensor], like: Tensor, rng: torch.Generator) -> Tensor:

@@ -128,6 +128,7 @@ class TrainConfig(Section):
         """Everything wrong with the combination of options, as ``"path: message"``; empty when all is well."""
         problems = [f"model.{p}" for p in self.model.check()]
         problems += [f"gate.{p}" for p in self.gate.check(self.model.moe.num_experts)]
+        problems += [f"gate.{p}" for p in self.gate.check_schedules(self.train.steps)]
         batch, micro = self.train.global_batch, self.train.micro_batch
         if batch % world_size:
             problems.append(f"train.global_batch: {batch} sequences do not split evenly over {world_size} ranks")

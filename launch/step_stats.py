@@ -24,8 +24,8 @@ class StepStats:
 
     After :meth:`reduce`: ``loss`` is nats per token over the global batch; ``load_LE`` and ``offered_LE`` are global
     integer loads; ``stop`` and ``bad`` are true when any rank said so; ``scalars_L`` holds per layer the aux losses
-    ("aux/<name>") and gate metrics ("gate/<name>"), means over the step. ``load_LWE`` holds loads by rank
-    (W) where the trainer records them.
+    ("aux/<name>") and gate metrics ("gate/<name>"), means over the step; ``signals_L`` what gates want added up for
+    :meth:`gates.Gate.end_step`. ``load_LWE`` holds loads by rank (W) where the trainer records them.
     """
 
     def __init__(self, num_moe_layers: int, num_experts: int) -> None:
@@ -37,6 +37,7 @@ class StepStats:
         self.offered_LE = torch.zeros_like(self.load_LE)
         self.scalars_L: list[dict[str, float]] = [{} for _ in range(num_moe_layers)]
         self.load_LWE: NDArray[np.int64] | None = None
+        self.signals_L: list[dict[str, Tensor]] = [{} for _ in range(num_moe_layers)]
         self._micro_batches = 0
 
     @property
@@ -57,6 +58,9 @@ class StepStats:
                 for name, value in values.items():
                     key = f"{kind}/{name}"
                     scalars[key] = scalars.get(key, 0.0) + float(value.detach())
+            signals = self.signals_L[row]
+            for name, sums in layer.output.signals.items():
+                signals[name] = signals.get(name, 0.0) + sums.detach().double().cpu()
 
     def reduce(self, topology: Topology) -> None:
         """Sum over ranks. Loads travel as float64, which is exact below 2**53."""
@@ -70,17 +74,15 @@ class StepStats:
         self.offered_LE = flat_offered.view_as(self.offered_LE)
         if self.bad:
             return  # a rank that failed in forward has no scalars to add
-        keys = [(row, key) for row, scalars in enumerate(self.scalars_L) for key in sorted(scalars)]
-        values = torch.tensor([self.scalars_L[row][key] for row, key in keys], dtype=torch.float64)
-        means = topology.sum_(values) / float(vector[4])
-        for (row, key), mean in zip(keys, means.tolist(), strict=True):
+        scalars = [(row, key) for row, scalars in enumerate(self.scalars_L) for key in sorted(scalars)]
+        signals = [(row, name) for row, signals in enumerate(self.signals_L) for name in sorted(signals)]
+        values = torch.tensor([self.scalars_L[row][key] for row, key in scalars], dtype=torch.float64)
+        sums = topology.sum_(torch.cat([values, *(self.signals_L[row][name].flatten() for row, name in signals)]))
+        for (row, key), mean in zip(scalars, (sums[: len(scalars)] / float(vector[4])).tolist(), strict=True):
             self.scalars_L[row][key] = mean
-
-    def gate_metrics(self, row: int) -> dict[str, Tensor]:
-        """Gate metrics of one layer as the gate named them."""
-        return {
-            k.removeprefix("gate/"): torch.tensor(v) for k, v in self.scalars_L[row].items() if k.startswith("gate/")
-        }
+        parts = sums[len(scalars) :].split([self.signals_L[row][name].numel() for row, name in signals])
+        for (row, name), part in zip(signals, parts, strict=True):
+            self.signals_L[row][name] = part.view_as(self.signals_L[row][name])
 
 
 @dataclass

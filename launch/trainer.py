@@ -139,7 +139,7 @@ class Trainer:
         stats = StepStats(len(self._moe_layers), self.config.model.moe.num_experts)
         self.model.train()
         for _, gate in self.model.gates():
-            gate.begin_step(step)
+            gate.begin_step(step, self.config.train.steps)
         with timer.phase("optimizer"):
             self.parallel.begin_step()
         for row, ids_BS, last in self._micro_batches(step):
@@ -173,7 +173,7 @@ class Trainer:
             set_learning_rate(self.optimizer, learning_rate(step, self.config.train.steps, self.config.optim))
             self.optimizer.step()
             for row_index, (_, gate) in enumerate(self.model.gates()):
-                gate.end_step(stats.offered_LE[row_index], stats.gate_metrics(row_index))
+                gate.end_step(stats.offered_LE[row_index], stats.signals_L[row_index])
             self.parallel.end_step(stats.load_LE, self.optimizer)
         return stats
 
@@ -195,6 +195,7 @@ class Trainer:
         seed = int(np.random.SeedSequence([self.config.run.seed, step, row]).generate_state(1, np.uint64)[0] >> 1)
         context = ForwardContext(
             step=step,
+            row=row,
             mode=Mode.TRAIN,
             rng=torch.Generator().manual_seed(seed),
             reduce_load=(lambda load: self.topology.sum_(load.clone()))

@@ -121,8 +121,8 @@ def qwen3_moe_obstacles(model: ModelConfig, gate: GateConfig) -> list[str]:
         obstacles.append(f"gate.score is {gate.score}")
     if gate.scale != 1:
         obstacles.append(f"gate.scale is {gate.scale:g}")
-    if gate.selection_bias != "none":
-        obstacles.append("gate.selection_bias is on")
+    if gate.balance != "aux":
+        obstacles.append(f"gate.balance is {gate.balance}")
     if gate.num_groups > 1:
         obstacles.append("gate.num_groups is more than 1")
     if gate.noise == "learned":

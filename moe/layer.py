@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gates import Causality, Gate, GateConfig, GateInput, GateOutput, Mode, RoutingPlan, build_gate
+from gates import Causality, Gate, GateConfig, GateInput, GateOutput, Mode, RoutingPlan, Slots, build_gate
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import UserError
 from moe.experts import ExpertBank, Experts, SwiGLU
@@ -35,6 +35,8 @@ class RoutingContext:
     prev_logits_TE: Tensor | None = None
     replay: RoutingPlan | None = None
     reduce_load: Callable[[Tensor], Tensor] | None = None
+    layer: int = 0
+    row: int = 0
     step: int = 0
     mode: Mode = Mode.EVAL
     rng: torch.Generator | None = None
@@ -132,11 +134,28 @@ class MoELayer(nn.Module):
             context = RoutingContext(mode=Mode.TRAIN if self.training else Mode.EVAL)
         x_TD = x.reshape(-1, self.dim)
         routing = self.gate_for(context.mode)(context.gate_input(x_TD))
-        rows_ND, load_e, ticket = self.dispatcher.dispatch(x_TD, routing.plan)
-        y_TD = self.dispatcher.combine(self.experts(rows_ND, load_e), ticket)
+        if routing.plan.slots is not None:
+            y_TD = self._mix_slots(x_TD, routing.plan.slots)
+        else:
+            rows_ND, load_e, ticket = self.dispatcher.dispatch(x_TD, routing.plan)
+            y_TD = self.dispatcher.combine(self.experts(rows_ND, load_e), ticket)
+        if routing.added_TD is not None:
+            y_TD = y_TD + routing.added_TD.to(y_TD.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return MoEOutput(y_TD.view(x.shape), routing, self.gate.config)
+
+    def _mix_slots(self, x_TD: Tensor, slots: Slots) -> Tensor:
+        """Experts on mixtures of tokens (Soft MoE).
+
+        Raises:
+            UserError: experts are spread over ranks; their slots would be mixtures of other ranks' tokens.
+        """
+        if not isinstance(self.dispatcher, LocalDispatcher):
+            raise UserError("gate 'soft' computes its experts in one process: use parallel.mode=local")
+        rows_SD = slots.dispatch_TS.to(x_TD.dtype).t() @ x_TD
+        load_E = torch.full((self.num_experts,), slots.slots_per_expert, device=x_TD.device)
+        return slots.combine_TS.to(x_TD.dtype) @ self.experts(rows_SD, load_E)
 
     @torch.no_grad()
     def choose(self, x: Tensor, context: RoutingContext) -> RoutingPlan:

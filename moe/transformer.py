@@ -41,6 +41,7 @@ class ForwardContext:
         valid_BT: (B, T) bool, False for padding, which stands at the end of its row. None: all valid.
         reduce_load: sums an integer load over all data-parallel ranks; for global-batch losses.
         compute_dtype: dtype of activations and matmuls; None takes that of the parameters.
+        row: which sequence of the step's global batch is the first one here.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class ForwardContext:
     valid_BT: Tensor | None = None
     reduce_load: Callable[[Tensor], Tensor] | None = None
     compute_dtype: torch.dtype | None = None
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,7 @@ class Transformer(nn.Module):
         x_BTD = F.embedding(ids_BT, self.embed.weight).to(torch.promote_types(dtype, torch.float32))
         routing: list[LayerRouting] = []
         for i, block in enumerate(self._blocks()):
+            routing_context = replace(routing_context, layer=len(routing))
             try:
                 if recompute:
                     x_BTD, output = _RecomputedBlock(block, rotary, dtype, routing_context, noise_seed)(x_BTD)
@@ -376,6 +379,7 @@ def _routing_context(ids_BT: Tensor, position_BT: Tensor, context: ForwardContex
         segment_T=segment_T,
         position_T=position_BT.expand(batch, length).reshape(-1),
         reduce_load=context.reduce_load,
+        row=context.row,
         step=context.step,
         mode=context.mode,
     )

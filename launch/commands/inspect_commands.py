@@ -189,7 +189,11 @@ def _about(gate: type) -> str:
     """What the gate's author wrote about it, without markup and without the legend of names in its code."""
     import inspect
 
-    text = inspect.cleandoc(getattr(inspect.getmodule(gate), "__doc__", None) or gate.__doc__ or "")
+    from gates import gate_names, gate_type
+
+    alone = sum(gate_type(name).__module__ == gate.__module__ for name in gate_names()) == 1
+    module_doc = getattr(inspect.getmodule(gate), "__doc__", None) if alone else None
+    text = inspect.cleandoc(module_doc or gate.__doc__ or "")
     paragraphs = [part for part in text.split("\n\n") if not part.startswith("Shape suffixes")]
     return re.sub(r"(?m)^=[= ]+\n?", "", "\n\n".join(paragraphs)).replace("``", "").strip()
 

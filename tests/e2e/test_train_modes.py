@@ -85,7 +85,7 @@ def biases(work: Path) -> dict[str, Tensor]:
 def test_pain_15_the_selection_bias_moves_once_a_step_by_all_ranks_loads(corpus: Path, tmp_path: Path) -> None:
     """torchtitan 1324, 1506: accumulation, ranks that see other tokens and a resume change nothing about it."""
     steps = ("train.steps=8", "train.global_batch=12", "model.moe.num_experts=6", "train.compute_dtype=fp64")
-    args = (*steps, "gate.selection_bias=sign", "gate.bias_update_rate=0.01")
+    args = (*steps, "gate.balance=bias", "gate.bias_update_rate=0.01")
     spread = ("parallel.mode=fssdp-keep", "parallel.overlap_degree=2", "train.micro_batch=2")
     alone = run_forked(1, *options(corpus, tmp_path / "one", *args, "train.micro_batch=null"))
     assert alone.returncode == 0, alone.stderr

@@ -75,7 +75,7 @@ class TestTransformers:
         config = library("transformers", "transformers").DeepseekV3Config(
             hidden_size=D, n_routed_experts=E, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5
         )
-        gate = make_gate(k=3, score="sigmoid", scale=2.5, selection_bias="sign", num_groups=4, topk_groups=2)
+        gate = make_gate(k=3, score="sigmoid", scale=2.5, balance="bias", num_groups=4, topk_groups=2)
         assert gate.selection_bias is not None
         gate.selection_bias.copy_(torch.linspace(-0.2, 0.2, E) + bias)
         peer = deepseek.DeepseekV3TopkRouter(config)

@@ -130,7 +130,7 @@ def deepseek_v3(logits: Array, bias: Array, *, k: int, groups: int, used: int, s
 @pytest.mark.parametrize("bias_value", [0.0, -1.0])
 def test_deepseek_v3(bias_value: float) -> None:
     """A bias of -1 makes every open score negative: a mask of 0 (as one transformers version had) would then win."""
-    options: dict[str, Any] = {"k": 4, "score": "sigmoid", "scale": 2.5, "selection_bias": "sign"}
+    options: dict[str, Any] = {"k": 4, "score": "sigmoid", "scale": 2.5, "balance": "bias"}
     gate = make_gate(16, num_groups=4, topk_groups=2, **options)
     assert gate.selection_bias is not None
     rng = np.random.default_rng(0)
@@ -293,7 +293,7 @@ def test_capacity_drops_next_to_nothing_when_load_is_even() -> None:
 
 
 def test_the_bias_selects_but_never_weighs() -> None:
-    gate, x_TD = make_gate(6, score="sigmoid", selection_bias="frozen", renormalise=False), make_tokens(30)
+    gate, x_TD = make_gate(6, score="sigmoid", balance="frozen", renormalise=False), make_tokens(30)
     assert gate.selection_bias is not None
     gate.selection_bias[4] = 10.0
     out = gate(GateInput(x_TD))
@@ -303,7 +303,7 @@ def test_the_bias_selects_but_never_weighs() -> None:
 
 
 def test_topk_then_score_adds_the_bias_to_logits() -> None:
-    options: dict[str, Any] = {"score": "sigmoid", "selection_bias": "frozen"}
+    options: dict[str, Any] = {"score": "sigmoid", "balance": "frozen"}
     bias = np.array([3.0, 0, 0, 0, 0, 0])
     x_TD = make_tokens(60) * 3
     for order, shifted in (("topk_then_score", lambda h: h + bias), ("score_then_topk", lambda h: expit(h) + bias)):

@@ -353,7 +353,9 @@ def test_things_that_are_not_there(moeyard: Cli, argv: list[str], code: int, tex
 def test_gates_list(moeyard: Cli) -> None:
     result = moeyard("gates", "list")
     assert result.code == 0
-    assert "topk  Top-k routing: each token visits the k experts with the best scores" in result.out.splitlines()
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert "topk Top-k routing: each token visits the k experts with the best scores" in lines
+    assert "switch Top-1 routing of the Switch Transformer" in lines, "gates that share a file tell themselves apart"
     assert list(json.loads(moeyard("gates", "list", "--json").out)) == gate_names()
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from gates import TopKConfig, TopKGate, registry
+from gates import TopKConfig, TopKGate, gate_names, registry
 from launch.config import TrainConfig
 from launch.config_file import (
     RECIPES,
@@ -168,7 +168,7 @@ def test_the_same_gate_name_again_keeps_its_options_without_a_note(tmp_path: Pat
 
 def test_an_unknown_gate_and_options_of_another_gate(other_gate: str) -> None:
     assert only_problem(None, "gate=topkk") == (
-        "command line  gate.name: unknown gate 'topkk'. Did you mean 'topk'? Known: other, topk"
+        "command line  gate.name: unknown gate 'topkk'. Did you mean 'topk'? Known: " + ", ".join(gate_names())
     )
     assert "gate.width: unknown option of gate 'topk'" in only_problem(None, "gate.width=3")
     for value in ("5", "[topk]"):
@@ -195,7 +195,7 @@ def test_every_problem_at_once_with_its_place(tmp_path: Path) -> None:
         f"{child}:5  steps: unknown section. Did you mean 'train.steps'? Known: checkpoint, data",
         f"{child}:8  data.sources.0.source: is missing",
         f"{child}:8  data.sources.0.weight: must be greater than 0 (given: 0)",
-        "command line  gate.kk: unknown option of gate 'topk'. Did you mean 'k'? Known: balance_coef",
+        "command line  gate.kk: unknown option of gate 'topk'. Did you mean 'k'? Known: balance, balance_coef",
     ]
     for line in expected:
         assert any(problem.startswith(line) for problem in found), f"{line}\nis not in\n" + "\n".join(found)

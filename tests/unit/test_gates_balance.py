@@ -183,12 +183,12 @@ class TestSelectionBias:
         assert sign_bias_update(torch.zeros(7), load_E, 1.0).tolist() == [0.0] * 7
 
     def test_is_state_not_parameter(self) -> None:
-        gate = build_gate({"name": "topk", "score": "sigmoid", "selection_bias": "sign"}, 6, E)
+        gate = build_gate({"name": "topk", "score": "sigmoid", "balance": "bias"}, 6, E)
         assert "selection_bias" in gate.state_dict()
         assert [name for name, _ in gate.named_parameters()] == ["weight"]
 
     def test_stays_in_fp32_when_the_model_does_not(self) -> None:
-        gate = build_gate({"name": "topk", "selection_bias": "sign"}, 6, E)
+        gate = build_gate({"name": "topk", "balance": "bias"}, 6, E)
         assert isinstance(gate, TopKGate)
         gate.end_step(torch.arange(E), {})
         before = gate.selection_bias.clone()
@@ -199,13 +199,13 @@ class TestSelectionBias:
         assert not torch.equal(gate.selection_bias, before)
 
     def test_frozen_does_not_move(self) -> None:
-        gate = build_gate({"name": "topk", "selection_bias": "frozen"}, 6, E)
+        gate = build_gate({"name": "topk", "balance": "frozen"}, 6, E)
         gate.end_step(torch.arange(E), {})
         assert not bool(gate.selection_bias.any())
 
     def test_balances_a_skewed_stream_without_any_loss(self) -> None:
         """Tokens around a mean that prefers some experts: max_vio goes from above 1 to the noise of counting."""
-        options = {"name": "topk", "score": "sigmoid", "selection_bias": "sign", "bias_update_rate": 4e-3}
+        options = {"name": "topk", "score": "sigmoid", "balance": "bias", "bias_update_rate": 4e-3}
         gate = build_gate({**options, "balance_coef": 0.0}, 16, E)
         gate.reset_parameters(torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -218,7 +218,7 @@ class TestSelectionBias:
             gate.begin_step(step)
             with torch.no_grad():
                 out = gate(GateInput(torch.randn(2048, 16, generator=rng) + centre_D, mode=Mode.TRAIN, step=step))
-            gate.end_step(out.plan.offered_E, out.metrics)
+            gate.end_step(out.plan.offered_E, out.signals)
             seen.append(out.metrics["max_vio"].item())
             if step >= steps - last:
                 tail_E += out.plan.offered_E

@@ -43,7 +43,7 @@ class FirstGate(Gate):
 
     config_type = FirstConfig
 
-    def forward(self, inp: GateInput) -> GateOutput:
+    def route(self, inp: GateInput) -> GateOutput:
         index_T1 = torch.zeros(inp.x_TD.shape[0], 1, dtype=torch.int64)
         return GateOutput(RoutingPlan.from_topk(index_T1, torch.ones_like(index_T1).float(), self.num_experts))
 
@@ -56,7 +56,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_registry")
 def test_a_gate_of_ones_own() -> None:
     register_gate("first")(FirstGate)
-    assert gate_names() == ["first", "topk"]
+    assert {"first", "topk"} <= set(gate_names())
     gate = build_gate("first", 4, 3)
     assert isinstance(gate, FirstGate)
     assert gate(GateInput(torch.zeros(2, 4))).plan.load_E.tolist() == [2, 0, 0]
@@ -68,7 +68,7 @@ def test_a_taken_name_is_refused() -> None:
     class Pretender(Gate):
         config_type = TopKConfig
 
-        def forward(self, inp: GateInput) -> GateOutput:
+        def route(self, inp: GateInput) -> GateOutput:
             raise AssertionError
 
     with pytest.raises(ValueError, match=r"gate 'topk' is already registered by gates\.topk\.TopKGate"):

@@ -36,7 +36,7 @@ class TestOptions:
             ({"noise": "second_choice", "k": 1, "renormalise": False}, 4, "noise: second_choice needs k of 2 or more"),
             ({"noise": "second_choice", "num_groups": 2}, 4, "noise: second_choice goes with neither"),
             ({"load_coef": 0.1}, 4, "load_coef: the load loss needs noise learned or fixed"),
-            ({"load_coef": 0.1, "noise": "fixed", "selection_bias": "sign"}, 4, "load_coef: the load loss goes with"),
+            ({"load_coef": 0.1, "noise": "fixed", "balance": "bias"}, 4, "load_coef: the load loss goes with"),
             ({"load_coef": 0.1, "noise": "fixed", "k": 4}, 4, "load_coef: with k = E every load is the same"),
             (
                 {"renormalise_kept": True, "renormalise": False, "capacity_factor": 1.0},
@@ -47,7 +47,7 @@ class TestOptions:
             ({"drop_policy": "probs"}, 4, "drop_policy: has no effect without capacity_factor"),
             ({"min_capacity": 4}, 4, "min_capacity: has no effect without capacity_factor"),
             ({"noise_std": 2.0}, 4, "noise_std: has no effect without noise=fixed"),
-            ({"bias_update_rate": 0.1}, 4, "bias_update_rate: has no effect without selection_bias=sign"),
+            ({"bias_update_rate": 0.1}, 4, "bias_update_rate: has no effect without balance=bias"),
             ({"group_top": 1}, 4, "group_top: has no effect without num_groups above 1"),
         ],
     )
@@ -233,8 +233,10 @@ class TestReplay:
     def test_a_plan_for_other_tokens_is_refused(self) -> None:
         gate = build_gate({"name": "topk"}, 12, 8)
         plan = gate(tokens(10, 8)).plan.detach()
-        with pytest.raises(ValueError, match="20 pairs of 10 tokens; 11 tokens, 11 of them valid, with k=2"):
+        with pytest.raises(ValueError, match="gate 'topk': the plan to replay has 10 tokens, not 11"):
             gate(replace(tokens(11, 8), replay=plan))
+        with pytest.raises(ValueError, match="the plan to replay has 20 pairs of 10 tokens, not k=3 of each"):
+            build_gate({"name": "topk", "k": 3}, 12, 8)(replace(tokens(10, 8), replay=plan))
 
 
 class TestCapacity:

@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe": ({}, {"k": 2}),
     "qwen3_moe untied": ({"tie_embeddings": False, "num_dense_layers": 0}, {"k": 1, "renormalise": False}),
     "shared, no qk_norm": ({"qk_norm": False, "moe": {**BASE["moe"], "num_shared_experts": 2}}, {"k": 2}),
-    "gate state": ({}, {"k": 2, "score": "sigmoid", "selection_bias": "sign", "noise": "learned"}),
+    "gate state": ({}, {"k": 2, "score": "sigmoid", "balance": "bias", "noise": "learned"}),
 }
 
 
@@ -125,7 +125,7 @@ def test_what_qwen3_moe_cannot_say_is_named() -> None:
 
     assert obstacles("qwen3_moe") == obstacles("qwen3_moe untied") == []
     assert obstacles("shared, no qk_norm") == ["model.qk_norm is false", "model.moe.num_shared_experts is not 0"]
-    assert obstacles("gate state") == ["gate.score is sigmoid", "gate.selection_bias is on", "gate.noise is learned"]
+    assert obstacles("gate state") == ["gate.score is sigmoid", "gate.balance is bias", "gate.noise is learned"]
 
 
 def test_saving_replaces_a_model_but_nothing_else(saved: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ GATES: dict[str, dict[str, Any]] = {
     "fixed noise": {"k": 2, "noise": "fixed", "noise_std": 3.0, "renormalise": False},
     "second choice": {"k": 2, "noise": "second_choice"},
     "random drops": {"k": 2, "capacity_factor": 0.7, "drop_policy": "random", "renormalise_kept": True},
-    "bias and groups": {"k": 2, "score": "sigmoid", "selection_bias": "sign", "num_groups": 2},
+    "bias and groups": {"k": 2, "score": "sigmoid", "balance": "bias", "num_groups": 2},
     "global loss": {"k": 2, "balance_scope": "global", "noise": "fixed"},
 }
 

@@ -1,0 +1,167 @@
+"""COMET: k trees whose leaves are the experts; a token descends, softly first, and in the end to one leaf of each tree.
+
+Ibrahim et al., "COMET: Learning Cardinality Constrained Mixture of Experts with Trees and Local Search", KDD 2023
+(arXiv:2306.02824). Split i of tree j sends a token left with probability S(z_ij . x + c_ij), S the smooth step of width
+gamma, which is exactly 0 or 1 outside it. v_ij, the product along the path to leaf i, adds up to 1 over the leaves of a
+tree; each leaf has a weight logit of its own, and one softmax over all k E entries of v_ij exp(a_ij) weighs the
+experts. Only experts with some v above 0 are computed. Three things drive and tame it:
+
+* an entropy loss on v makes splits decide; it is turned up over ``entropy_warmup``, so that experts differ before they
+  are chosen among;
+* a balance loss on the soft leaf mass, without which experts die as soon as the gate becomes sparse (not in the paper);
+* tokens are RMS-normalised first, so that one gamma suits every model.
+
+Trees are heaps: node i has children 2i + 1 and 2i + 2, nodes 0 to E - 2 split, and node E - 1 + e is the leaf of expert
+e. So every number of experts has a tree, of depth ceil(log2 E), in which each leaf can be reached. Local search over
+which leaf is which expert is the gate ``local_search``.
+
+Shape suffixes: T tokens, D width, E experts (leaves), S = E - 1 splits, K trees.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from gates.base import Gate, GateConfig, GateInput, GateOutput, Steps, check_finite, schedule_steps
+from gates.linear import draw_uniform_
+from gates.metrics import plan_metrics
+from gates.plan import RoutingPlan
+from gates.registry import register_gate
+from gates.solvers.smooth_step import smooth_step
+
+
+class COMETConfig(GateConfig):
+    """Options of COMET."""
+
+    name: Literal["comet"] = "comet"
+    k: int = Field(2, ge=1, description="trees, and with them experts per token once all splits have decided")
+    gamma: float = Field(1.0, gt=0, description="width of the smooth step; the best was from 0.001 to 10 in the paper")
+    entropy_coef: float = Field(
+        0.01, ge=0, description="weight of the entropy of the leaf probabilities, summed over trees; large: sparse soon"
+    )
+    entropy_warmup: Steps = Field(
+        0.1, description="how long that weight grows from 0: steps, or below 1 a share of training"
+    )
+    balance_coef: float = Field(
+        0.01, ge=0, description="weight of E * sum_e (mean soft mass of e)^2, which is 1 at perfect balance"
+    )
+    normalise: bool = Field(True, description="divide a token by its root mean square first; the paper does not")
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        """Splits and leaves of each tree, with biases."""
+        return self.k * (2 * num_experts - 1) * (dim + 1)
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """k, where training ends; it begins with all E."""
+        return float(min(self.k, num_experts))
+
+    def check(self, num_experts: int) -> list[str]:
+        """See :meth:`GateConfig.check`."""
+        return [f"k: {self.k} trees, but there are only {num_experts} experts"] if self.k > num_experts else []
+
+
+@register_gate("comet")
+class COMETGate(Gate):
+    """k trees over E leaves. See the module. ``warmth`` is how far the entropy loss has been turned up."""
+
+    config_type = COMETConfig
+    config: COMETConfig
+    weight_sum = "at_most_one"  # a replayed expert may no longer be reached
+    warmth: Tensor
+
+    def __init__(self, config: COMETConfig, dim: int, num_experts: int) -> None:
+        super().__init__(config, dim, num_experts)
+        splits, trees = num_experts - 1, config.k
+        self.split_weight = nn.Parameter(torch.empty(trees * splits, dim))
+        self.split_bias = nn.Parameter(torch.empty(trees * splits))
+        self.leaf_weight = nn.Parameter(torch.empty(trees * num_experts, dim))
+        self.leaf_bias = nn.Parameter(torch.empty(trees * num_experts))
+        self.register_buffer("warmth", torch.tensor(0.0, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Splits within the cubic part of the smooth step: U(-gamma/100, gamma/100); leaves U(-0.05, 0.05)."""
+        for split in (self.split_weight, self.split_bias):
+            draw_uniform_(split, self.config.gamma / 100, generator)
+        for leaf in (self.leaf_weight, self.leaf_bias):
+            draw_uniform_(leaf, 0.05, generator)
+
+    def begin_step(self, step: int, total_steps: int | None = None) -> None:
+        """See :meth:`Gate.begin_step`."""
+        length = schedule_steps(self.config.entropy_warmup, total_steps, "entropy_warmup")
+        self.warmth.fill_(1.0 if step >= length else step / length)
+
+    def route(self, inp: GateInput) -> GateOutput:
+        """See :meth:`Gate.route`."""
+        config, num_experts = self.config, self.num_experts
+        v_TKE, logit_TKE = self._descend(inp.x_TD)
+        # One softmax over k E entries of log v + a, of which those with v = 0 are left out.
+        open_TKE = v_TKE > 0
+        top_T11 = logit_TKE.detach().masked_fill(~open_TKE, -torch.inf).amax((1, 2), keepdim=True)
+        mass_TKE = v_TKE * (logit_TKE - top_T11).clamp_max(0).exp()
+        mass_TE = mass_TKE.sum(1)
+        weight_TE = mass_TE / mass_TE.sum(1, keepdim=True)
+        if inp.replay is None:
+            plan = RoutingPlan.from_mask(open_TKE.any(1), weight_TE)
+        else:
+            plan = inp.replay.with_weight(inp.replay.pick(weight_TE))
+        logits_TE = logit_TKE.mean(1)
+        if not inp.with_losses:
+            return GateOutput(plan, logits_TE=logits_TE)
+        num_tokens = max(1, plan.num_tokens)
+        aux: dict[str, Tensor] = {}
+        entropy = -torch.special.xlogy(v_TKE, v_TKE.clamp_min(torch.finfo(v_TKE.dtype).tiny)).sum() / num_tokens
+        if config.entropy_coef:
+            aux["entropy"] = self.warmth.to(entropy.dtype) * entropy
+        if config.balance_coef:
+            share_E = v_TKE.sum((0, 1)) / (num_tokens * config.k)
+            aux["balance"] = num_experts * share_E.square().sum()
+        metrics = plan_metrics(plan)
+        metrics["split_entropy"] = entropy.detach()
+        metrics["decided_frac"] = (
+            ((v_TKE == 0) | (v_TKE == 1)).all(-1).float().mean() if plan.num_tokens else entropy.detach()
+        )
+        return GateOutput(plan, aux, metrics, logits_TE)
+
+    def _descend(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, K, E) probability v of each leaf, and its weight logit."""
+        config, num_experts = self.config, self.num_experts
+        splits = config.k * (num_experts - 1)
+        if config.normalise:
+            x_TD = F.rms_norm(x_TD, x_TD.shape[-1:])
+        weight = torch.cat([self.split_weight, self.leaf_weight]).to(x_TD.dtype)
+        bias = torch.cat([self.split_bias, self.leaf_bias]).to(x_TD.dtype)
+        both = F.linear(x_TD, weight, bias)
+        check_finite(both, config.name)
+        split_TKS = both[:, :splits].view(-1, config.k, num_experts - 1)
+        left_TKS, right_TKS = smooth_step(split_TKS, config.gamma), smooth_step(-split_TKS, config.gamma)
+        return leaf_probabilities(left_TKS, right_TKS), both[:, splits:].view(-1, config.k, num_experts)
+
+
+def leaf_probabilities(left_TKS: Tensor, right_TKS: Tensor) -> Tensor:
+    """(T, K, E) probability of reaching each leaf of a heap-ordered tree, level by level.
+
+    Args:
+        left_TKS, right_TKS: (T, K, E - 1) probability of going left, and right, at each split; they add up to 1.
+    """
+    num_experts = left_TKS.shape[-1] + 1
+    reach = left_TKS.new_ones(*left_TKS.shape[:-1], 1)  # the nodes of one level, from left to right
+    leaves = []
+    first = 0
+    while first < 2 * num_experts - 1:
+        width = reach.shape[-1]
+        splitting = max(0, min(width, num_experts - 1 - first))
+        leaves.append(reach[..., splitting:])
+        if not splitting:
+            break
+        here = slice(first, first + splitting)
+        parent = reach[..., :splitting]
+        reach = torch.stack([parent * left_TKS[..., here], parent * right_TKS[..., here]], -1).flatten(-2)
+        first += width
+    # A level's leaves stand to the right of its splits, and the next level's numbers follow.
+    return torch.cat(leaves, -1)
