@@ -206,7 +206,7 @@ def schur_newton(
 
     Minus the Hessian is the Schur complement diag(P^T 1) - P^T diag(1/r) P of the joint system, a graph Laplacian. A
     step costs T E^2 + E^3 / 3 and some passes over the plan. Few are needed (for scores in [0, 1] some 8 at eta = 10,
-    60 at 10,000), so this is the choice for E up to some hundreds. Rows of the result are exact. Arguments as for
+    70 at 10,000), so this is the choice for E up to some hundreds. Rows of the result are exact. Arguments as for
     ``sinkhorn_log``.
 
     Args:
