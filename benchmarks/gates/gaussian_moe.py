@@ -3,10 +3,8 @@
     p(y | x) = sum_e softmax_e(TopK((act(b1_e . x) + b0_e) / tau)) N(y; a_e . x + b_e, nu_e)
 
 Sources:
-  [D] Nguyen, Nguyen, Ho, "Demystifying Softmax Gating Function in Gaussian Mixture of Experts", NeurIPS 2023:
-      the dense gate (top_k None), its rates and its Voronoi losses.
-  [S] Nguyen, Akbarian, Yan, Ho, "Statistical Perspective of Top-K Sparse Softmax Gating Mixture of Experts", ICLR 2024:
-      the top-K gate; the exact-specified and the over-specified setting.
+  [D] Nguyen, Nguyen, Ho, "Demystifying Softmax Gating Function in Gaussian Mixture of Experts", NeurIPS 2023 (dense).
+  [S] Nguyen, Akbarian, Yan, Ho, "Statistical Perspective of Top-K Sparse Softmax Gating Mixture of Experts", ICLR 2024.
   [A] Nguyen, Akbarian, Ho, "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?", ICML 2024:
       tau is estimated too (learn_tau), and act is the identity (dense-to-sparse gate) or a sigmoid (activation gate).
 
@@ -15,8 +13,7 @@ expert of the authors' example: b1 is 25 and 0 there, and x is positive.)
 
 Everything is batched over replications: one call fits R independent samples. A name's suffix is its shape, in order:
   R replications   A those still at work   B those whose line search goes on   N samples   D input width
-  E fitted experts   J true experts   K experts kept   P numbers in one packed parameter vector
-  M pairs that L-BFGS remembers
+  E fitted experts   J true experts   K experts kept   P numbers in one packed parameter vector   M remembered pairs
 """
 
 from __future__ import annotations
@@ -24,19 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-LOG_TWO_PI = math.log(2 * math.pi)
-# The papers' parameter space is compact. The lower bound on the variance is what keeps the likelihood bounded.
-MIN_LOG_VAR = -7.0
-ROWS_TIMES_SAMPLES, MEMORY = 30_000, 20
-
-
-Row: TypeAlias = list[float]
-Rows: TypeAlias = list[list[float]]
+MIN_LOG_VAR = -7.0  # the papers' parameter space is compact; without this bound the likelihood has no maximum
+MEMORY = 20  # pairs that L-BFGS remembers
+ROWS_TIMES_SAMPLES = 30_000  # evaluated at once
+Row = list[float]
+Rows = list[Row]
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,8 @@ def log_density(mix: Mixture, spec: GateSpec, x_RND: Tensor, y_RN: Tensor) -> Te
     """(R, N): log p(y | x), exact."""
     mean_REN = torch.einsum("red,rnd->ren", mix.slope_RED, x_RND) + mix.intercept_RE[:, :, None]
     log_var_RE1 = mix.log_var_RE.clamp(min=MIN_LOG_VAR)[:, :, None]
-    log_normal_REN = -0.5 * ((y_RN[:, None] - mean_REN).square() * (-log_var_RE1).exp() + log_var_RE1 + LOG_TWO_PI)
+    square_REN = (y_RN[:, None] - mean_REN).square() * (-log_var_RE1).exp()
+    log_normal_REN = -0.5 * (square_REN + log_var_RE1 + math.log(2 * math.pi))
     return torch.logsumexp(gate_log_weights(mix, spec, x_RND) + log_normal_REN, dim=1)
 
 
@@ -105,8 +99,7 @@ def sample(
     x_RND = low + (high - low) * torch.rand(replications, n, width, dtype=torch.float64, generator=generator)
     cumulative_REN = gate_log_weights(truth, spec, x_RND.reshape(1, -1, width)).exp().cumsum(1)
     pick_N = torch.rand(replications * n, dtype=torch.float64, generator=generator)
-    last = cumulative_REN.shape[1] - 1
-    expert_RN = (pick_N > cumulative_REN[0]).sum(0).clamp(max=last).view(replications, n)
+    expert_RN = (pick_N > cumulative_REN[0, :-1]).sum(0).view(replications, n)
     noise_RN = torch.randn(replications, n, dtype=torch.float64, generator=generator)
     mean_RN = (truth.slope_RED[0, expert_RN] * x_RND).sum(2) + truth.intercept_RE[0, expert_RN]
     return x_RND, mean_RN + (0.5 * truth.log_var_RE[0, expert_RN]).exp() * noise_RN
@@ -121,20 +114,17 @@ def with_gradient(objective: Objective, free_P: Tensor, rows_at_once: int) -> Ev
 
     def evaluate(theta_AP: Tensor, rows_A: Tensor) -> tuple[Tensor, Tensor]:
         values, gradients = [], []
-        for theta, rows in zip(theta_AP.split(rows_at_once), rows_A.split(rows_at_once), strict=True):
-            theta = theta.detach().requires_grad_(True)
-            value = objective(theta, rows)
-            gradients.append(torch.autograd.grad(value.sum(), theta)[0])
-            values.append(value.detach())
-        return torch.cat(values), torch.cat(gradients) * free_P
+        for theta, rows in zip(theta_AP.detach().split(rows_at_once), rows_A.split(rows_at_once), strict=True):
+            values.append(objective(theta.requires_grad_(), rows))
+            gradients.append(torch.autograd.grad(values[-1].sum(), theta)[0])
+        return torch.cat(values).detach(), torch.cat(gradients) * free_P
 
     return evaluate
 
 
 def _direction(gradient_AP: Tensor, s_MAP: list[Tensor], z_MAP: list[Tensor], rho_MA: list[Tensor]) -> Tensor:
     """Two-loop recursion, newest pair first in the lists; a pair of rho 0 counts as absent in that row."""
-    q_AP = gradient_AP.clone()
-    alphas = []
+    q_AP, alphas = gradient_AP.clone(), []
     for s_AP, z_AP, rho_A in zip(s_MAP, z_MAP, rho_MA, strict=True):
         alphas.append(rho_A * (s_AP * q_AP).sum(1))
         q_AP -= alphas[-1][:, None] * z_AP
@@ -179,42 +169,38 @@ class Minimum:
     iterations_R: Tensor
 
 
-def minimise(
-    objective: Objective, start_RP: Tensor, free_P: Tensor, max_iterations: int, rows_at_once: int = 1_000_000
-) -> Minimum:
+def minimise(objective: Objective, start_RP: Tensor, free_P: Tensor, limit: int, rows_at_once: int = 10**6) -> Minimum:
     """L-BFGS on R functions at once, each with its own memory, line search and end.
 
     objective(theta_AP, rows_A) gives the values of the rows named; rows that have stopped are no longer asked for.
-    Coordinates with free_P = 0 never move. A row stops on a small gradient, two steps in a row that gain nothing, or
-    a line search without a lower point.
+    Coordinates with free_P = 0 never move. A row stops on a small gradient, after two steps in a row that gain nothing,
+    or when a line search finds no lower point.
     """
     evaluate = with_gradient(objective, free_P, rows_at_once)
     theta_RP, rows_A = start_RP.clone(), torch.arange(len(start_RP))
     value_R, gradient_RP = evaluate(theta_RP, rows_A)
     iterations_R, idle_R = torch.zeros_like(rows_A), torch.zeros_like(rows_A)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # (R, P), (R, P), (R), newest first
-    for _ in range(max_iterations):
+    for _ in range(limit):
         rows_A = rows_A[gradient_RP[rows_A].abs().amax(1) >= 1e-7]
         if not len(rows_A):
             break
         theta_AP, value_A, gradient_AP = theta_RP[rows_A], value_R[rows_A], gradient_RP[rows_A]
         step_AP = _direction(gradient_AP, *([pair[i][rows_A] for pair in pairs] for i in range(3)))
-        uphill_A = (step_AP * gradient_AP).sum(1) >= 0
-        step_AP = torch.where(uphill_A[:, None], -gradient_AP, step_AP)
-        new_theta_AP, new_value_A, new_gradient_AP = _line_search(
-            evaluate, rows_A, theta_AP, value_A, gradient_AP, step_AP
-        )
-        theta_RP[rows_A], value_R[rows_A], gradient_RP[rows_A] = new_theta_AP, new_value_A, new_gradient_AP
+        uphill_A1 = (step_AP * gradient_AP).sum(1, keepdim=True) >= 0
+        step_AP = torch.where(uphill_A1, -gradient_AP, step_AP)
+        found = _line_search(evaluate, rows_A, theta_AP, value_A, gradient_AP, step_AP)
+        theta_RP[rows_A], value_R[rows_A], gradient_RP[rows_A] = found
         s_RP, z_RP, rho_R = torch.zeros_like(theta_RP), torch.zeros_like(theta_RP), torch.zeros_like(value_R)
-        s_RP[rows_A], z_RP[rows_A] = new_theta_AP - theta_AP, new_gradient_AP - gradient_AP
+        s_RP[rows_A], z_RP[rows_A] = found[0] - theta_AP, found[2] - gradient_AP
         product_R = (s_RP * z_RP).sum(1)
         good_R = product_R > 1e-12 * s_RP.norm(dim=1) * z_RP.norm(dim=1)
         rho_R[good_R] = 1 / product_R[good_R]
         pairs = [(s_RP, z_RP, rho_R), *pairs[: MEMORY - 1]]
         iterations_R[rows_A] += 1
-        idle_A = value_A - new_value_A <= 1e-13 * (1 + value_A.abs())
+        idle_A = value_A - found[1] <= 1e-13 * (1 + value_A.abs())
         idle_R[rows_A] = torch.where(idle_A, idle_R[rows_A] + 1, 0)
-        rows_A = rows_A[(idle_R[rows_A] < 2) & (new_theta_AP != theta_AP).any(1)]
+        rows_A = rows_A[(idle_R[rows_A] < 2) & (found[0] != theta_AP).any(1)]
     return Minimum(theta_RP, value_R, gradient_RP.abs().amax(1), iterations_R)
 
 
@@ -235,24 +221,20 @@ def free_parameters(mix: Mixture, spec: GateSpec) -> Tensor:
     The likelihood does not change when all gate biases move together, nor (without a sigmoid) when all gate slopes do:
     the last expert's are held where the start has them. tau moves only if the gate learns it.
     """
-    _, experts, width = mix.slope_RED.shape
     free_P = torch.ones_like(mix.pack()[0])
-    free = Mixture.unpack(free_P[None], experts, width)
+    free = Mixture.unpack(free_P[None], *mix.slope_RED.shape[1:])
     free.gate_bias_RE[0, -1] = 0
     free.gate_slope_RED[0, -1] = float(spec.sigmoid)
     free.log_tau_R[0] = float(spec.learn_tau)
     return free_P
 
 
-def fit(
-    spec: GateSpec, starts: list[Mixture], x_RND: Tensor, y_RN: Tensor, max_iterations: int
-) -> tuple[Mixture, Minimum]:
-    """Maximum likelihood by direct minimisation: of all starts the best for each replication."""
+def fit(spec: GateSpec, starts: list[Mixture], x_RND: Tensor, y_RN: Tensor, limit: int) -> tuple[Mixture, Minimum]:
+    """Maximum likelihood by direct minimisation, `limit` iterations at most: each replication's best of all starts."""
     replications, experts, width = starts[0].slope_RED.shape
-    at_once = max(1, ROWS_TIMES_SAMPLES // x_RND.shape[1])
-    start_RP = torch.cat([start.pack() for start in starts])
+    start_RP, at_once = torch.cat([start.pack() for start in starts]), max(1, ROWS_TIMES_SAMPLES // x_RND.shape[1])
     objective = negative_log_likelihood(spec, experts, x_RND, y_RN)
-    end = minimise(objective, start_RP, free_parameters(starts[0], spec), max_iterations, at_once)
+    end = minimise(objective, start_RP, free_parameters(starts[0], spec), limit, at_once)
     value_SR = end.value_R.view(len(starts), replications)
     best_R = value_SR.nan_to_num(nan=math.inf).argmin(0) * replications + torch.arange(replications)
     best = Minimum(*(getattr(end, f.name)[best_R] for f in fields(Minimum)))
