@@ -25,7 +25,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gates.base import GateInput, Steps, check_finite, schedule_steps
-from gates.capacity import normalise_rows
 from gates.linear import LinearGate, LinearGateConfig, draw_like
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
@@ -139,8 +138,9 @@ class DenseToSparseGate(LinearGate):
 
     def weigh(self, logits_TE: Tensor, chosen: RoutingPlan, inp: GateInput) -> RoutingPlan:
         """Softmax at this temperature, divided by the sum over the chosen if asked for."""
-        plan = chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
-        return normalise_rows(plan) if self.config.renormalise else plan
+        if self.config.renormalise:
+            return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
+        return chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
 
     def metrics(self, logits_TE: Tensor, plan: RoutingPlan, inp: GateInput) -> dict[str, Tensor]:
         """The temperature."""

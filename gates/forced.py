@@ -84,7 +84,7 @@ class ForcedGate(LinearGate):
         """Softmax over the chosen logits; with k=1 over all, or the task would not train the gate."""
         if self.config.k == 1:
             return chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
-        return chosen.with_weight(chosen.pick(logits_TE).view(-1, self.config.k).softmax(-1).reshape(-1))
+        return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
 
 
 @lru_cache(maxsize=64)

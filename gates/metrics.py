@@ -52,6 +52,18 @@ def experts_per_token(plan: RoutingPlan, num_valid: int | None = None) -> Tensor
     return torch.tensor(plan.num_pairs / max(1, tokens))
 
 
+def agreement(plan: RoutingPlan, other: RoutingPlan) -> Tensor:
+    """Jaccard index of two plans for the same tokens: pairs in both / pairs in either; 1 when neither has any."""
+    visits_TE, others_TE = (
+        torch.zeros(p.num_tokens, p.num_experts, dtype=torch.bool, device=p.expert_N.device).index_put(
+            (p.token_N(), p.expert_N), torch.tensor(True, device=p.expert_N.device)
+        )
+        for p in (plan, other)
+    )
+    either = (visits_TE | others_TE).sum()
+    return torch.where(either > 0, (visits_TE & others_TE).sum() / either.clamp_min(1), 1.0)
+
+
 def plan_metrics(plan: RoutingPlan, num_valid: int | None = None) -> dict[str, Tensor]:
     """What every gate reports about its plan. Balance is that of the offered load: drops would make it look better."""
     return {

@@ -109,6 +109,14 @@ class RoutingPlan:
         """(T,) sum over the pairs of each token; differentiable, 0 for a token without pairs."""
         return value_N.new_zeros(self.num_tokens).index_add(0, self.token_N(), value_N)
 
+    def softmax_rows(self, logit_N: Tensor) -> Tensor:
+        """(N,) softmax over the pairs of each token; differentiable, and no row can underflow as a whole."""
+        # No other path for uniform rows: a replay, which may not know of them, must give the same bits.
+        token_N = self.token_N()
+        top_T = logit_N.new_full((self.num_tokens,), -torch.inf).scatter_reduce(0, token_N, logit_N.detach(), "amax")
+        mass_N = (logit_N - top_T[token_N]).exp()
+        return mass_N / self.sum_rows(mass_N)[token_N]
+
     def dense_weight_TE(self) -> Tensor:
         """(T, E) weights with zeros where a token does not visit an expert. For tests and analysis, not for speed."""
         weight_TE = self.weight_N.new_zeros(self.num_tokens, self.num_experts)

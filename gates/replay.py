@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gates.base import Gate, GateInput, GateOutput, Mode
-from gates.capacity import normalise_rows
 from gates.linear import LinearGate, LinearGateConfig
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
@@ -34,7 +33,12 @@ class ReplayConfig(LinearGateConfig):
     """Options of replayed routing."""
 
     name: Literal["replay"] = "replay"
-    path: str = Field("", description="file that record_routing() wrote; empty: nothing is repeated")
+    path: str = Field("", description="file that record_routing() wrote; there is no default")
+    strict: bool = Field(
+        True,
+        description="what is trained must be what was recorded; false: any micro-batch repeats the first recorded one"
+        " of its step, from the start again where it has more tokens",
+    )
     k: int = Field(2, ge=1, description="experts per token in evaluation and generation")
 
     def experts_per_token(self, num_experts: int) -> float:
@@ -43,7 +47,12 @@ class ReplayConfig(LinearGateConfig):
 
     def check(self, num_experts: int) -> list[str]:
         """See :meth:`GateConfig.check`."""
-        return [f"k: {self.k} experts per token, but there are only {num_experts}"] if self.k > num_experts else []
+        problems = []
+        if not self.path:
+            problems.append("path: name the file to repeat; gates.record_routing(model, path) writes one")
+        if self.k > num_experts:
+            problems.append(f"k: {self.k} experts per token, but there are only {num_experts}")
+        return problems
 
 
 @register_gate("replay")
@@ -61,11 +70,13 @@ class ReplayGate(LinearGate):
 
     def choose(self, logits_TE: Tensor, inp: GateInput) -> tuple[RoutingPlan, dict[str, Tensor]]:
         """See :meth:`LinearGate.choose`."""
-        if inp.mode is not Mode.TRAIN or not self.config.path:
+        if inp.mode is not Mode.TRAIN:
             return RoutingPlan.from_topk(top_k(logits_TE, self.config.k), logits_TE, self.num_experts), {}
         if not self._recorded:
             self._recorded, self._steps = load_routing(self.config.path, self.num_experts)
         key = (inp.step % self._steps, inp.layer, inp.row)
+        if not self.config.strict:
+            return self._repeated(min(found for found in self._recorded if found[0] == key[0]), logits_TE), {}
         if key not in self._recorded:
             step, layer, row = key
             raise ValueError(
@@ -84,9 +95,18 @@ class ReplayGate(LinearGate):
         row_ptr_T1 = row_ptr_T1.to(logits_TE.device)
         return RoutingPlan(row_ptr_T1, expert_N, weight_N, self.num_experts, load_E, load_E), {}
 
+    def _repeated(self, key: tuple[int, int, int], logits_TE: Tensor) -> RoutingPlan:
+        """The rows of one micro-batch over and over."""
+        row_ptr_T1, expert_N = self._recorded[key]
+        size_T = row_ptr_T1.diff()
+        token_T = torch.arange(logits_TE.shape[0]) % max(1, size_T.numel())
+        mask_RE = torch.zeros(size_T.numel(), self.num_experts, dtype=torch.bool)
+        mask_RE[torch.arange(size_T.numel()).repeat_interleave(size_T), expert_N] = True
+        return RoutingPlan.from_mask(mask_RE[token_T].to(logits_TE.device), logits_TE)
+
     def weigh(self, logits_TE: Tensor, chosen: RoutingPlan, inp: GateInput) -> RoutingPlan:
         """Softmax over the chosen logits."""
-        return normalise_rows(chosen.with_weight(chosen.pick(logits_TE.softmax(-1))))
+        return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class SinkhornGate(PotentialGate):
         if self.config.k == 1:
             return chosen.with_weight(chosen.pick(logits_TE).sigmoid())
         if self.config.renormalise:
-            return chosen.with_weight(chosen.pick(logits_TE).view(-1, self.config.k).softmax(-1).reshape(-1))
+            return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
         return chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gates.base import GateInput
 from gates.batch_choice import between
-from gates.capacity import expert_capacity, normalise_rows
+from gates.capacity import expert_capacity
 from gates.plan import RoutingPlan
 from gates.potentials import PotentialConfig, PotentialGate
 from gates.registry import register_gate
@@ -187,8 +187,9 @@ class SparseOTGate(PotentialGate):
             return chosen.with_weight(row_weights(self._similarity(logits_TE) + self.potential, chosen, config.gamma))
         if config.weights == "plan":
             return chosen.with_weight(transport_weights(self._similarity(logits_TE), chosen, config.gamma))
-        plan = chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
-        return normalise_rows(plan) if config.renormalise else plan
+        if config.renormalise:
+            return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
+        return chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
 
     def metrics(self, logits_TE: Tensor, plan: RoutingPlan, inp: GateInput) -> dict[str, Tensor]:
         """Share of tokens without an expert."""

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 
 from gates.base import GateInput
-from gates.capacity import normalise_rows
 from gates.linear import LinearGate, LinearGateConfig
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
@@ -90,8 +89,9 @@ class TopPGate(LinearGate):
 
     def weigh(self, logits_TE: Tensor, chosen: RoutingPlan, inp: GateInput) -> RoutingPlan:
         """Probabilities, divided by their sum if asked for."""
-        plan = chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
-        return normalise_rows(plan) if self.config.renormalise else plan
+        if self.config.renormalise:
+            return chosen.with_weight(chosen.softmax_rows(chosen.pick(logits_TE)))
+        return chosen.with_weight(chosen.pick(logits_TE.softmax(-1)))
 
     def losses(self, logits_TE: Tensor, plan: RoutingPlan, inp: GateInput) -> dict[str, Tensor]:
         """Balance and z, and the entropy."""

@@ -300,7 +300,9 @@ def build_model(
             raise ConfigError(
                 [
                     f"gate.name: {config.gate.name!r} routes a token by looking at later ones (causality BATCH) and"
-                    f" declares nothing to use for generation; layer {layer} of a causal language model cannot use it"
+                    f" declares nothing to use for generation; layer {layer} of a causal language model cannot use it."
+                    " It works in a MoELayer of a model that is not causal. Other gates that look at the whole batch,"
+                    " expert_choice and sparse_ot among them, generate by thresholds that they learn on the way"
                 ]
             )
     compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from gates import Mode
+from gates import Causality, Mode
 from launch.config import COMPUTE_DTYPES, TokenizerConfig
 from launch.data import EvalWindows, prepare_data
 from moe import Transformer
 from moe.transformer import ForwardContext, next_token_loss
 from parallel.topology import Topology, connect
 
+SURROGATE_METRICS = ("surrogate_agreement", "surrogate_max_vio", "batch_max_vio")
+
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sums over the evaluated windows; ``load_LE`` counts tokens per MoE layer and expert."""
+    """Sums over the evaluated windows; ``load_LE`` counts tokens per MoE layer and expert.
+
+    ``surrogate`` is for gates that look at the whole batch, and empty for others: how the gate that generates text
+    stands in for the trained one, means over layers and tokens ("agreement": Jaccard index of the pairs; "max_vio" of
+    its load, "batch_max_vio" of the trained gate's).
+    """
 
     nats: float
     tokens: int
     text_bytes: int
     load_LE: list[list[int]]
+    surrogate: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -57,6 +65,7 @@ def evaluate(
     moe_layers = model.moe_layers()
     load_LE = torch.zeros(len(moe_layers), model.config.moe.num_experts, dtype=torch.int64)
     nats, tokens, text_bytes = 0.0, 0, 0
+    compared = torch.zeros(len(SURROGATE_METRICS), dtype=torch.float64)
     longest = math.ceil(count / topology.world_size) if in_lockstep else end - begin
     passes = math.ceil(longest / batch)
     for start in range(begin, begin + passes * batch, batch):
@@ -71,10 +80,21 @@ def evaluate(
         text_bytes += windows.text_bytes(first, stop)
         for row, layer in enumerate(output.routing):
             load_LE[row] += layer.output.plan.load_E.cpu()
+            found = layer.output.metrics
+            if SURROGATE_METRICS[0] in found and int(batch_tokens):
+                values = torch.stack([found[name].double().cpu() for name in SURROGATE_METRICS])
+                compared += values * (int(batch_tokens) / len(output.routing))
     model.train(was_training)
-    sums = topology.sum_(torch.cat([torch.tensor([nats, tokens, text_bytes]).double(), load_LE.flatten().double()]))
-    loads: list[list[int]] = sums[3:].long().view_as(load_LE).tolist()
-    return EvalResult(float(sums[0]), int(sums[1]), int(sums[2]), loads)
+    head = torch.tensor([nats, tokens, text_bytes]).double()
+    sums = topology.sum_(torch.cat([head, compared, load_LE.flatten().double()]))
+    head, compared, flat = sums.split([3, compared.numel(), load_LE.numel()])
+    loads: list[list[int]] = flat.long().view_as(load_LE).tolist()
+    surrogate = {}
+    if any(gate.causality is Causality.BATCH for _, gate in model.gates()) and float(head[1]):
+        means = (compared / head[1]).tolist()
+        names = (name.removeprefix("surrogate_") for name in SURROGATE_METRICS)
+        surrogate = dict(zip(names, means, strict=True))
+    return EvalResult(float(head[0]), int(head[1]), int(head[2]), loads, surrogate)
 
 
 def evaluate_path(path: str, overrides: list[str]) -> dict[str, float | int]:

@@ -6,7 +6,7 @@ Names: L MoE layers, E experts. Loads are integers; imbalance is max / mean load
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,7 @@ class EvalRecord:
     Attributes:
         loss: nats per token; bits_per_byte the same per byte of text, comparable across tokenizers.
         final: True for the evaluation that ends the run.
+        surrogate: see :class:`launch.evaluate.EvalResult`; empty for a gate that generates text itself.
     """
 
     step: int
@@ -92,6 +93,7 @@ class EvalRecord:
     elapsed_s: float
     load_LE: list[list[int]]
     final: bool
+    surrogate: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

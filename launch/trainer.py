@@ -264,6 +264,7 @@ class Trainer:
             elapsed_s=time.perf_counter() - start,
             load_LE=result.load_LE,
             final=final,
+            surrogate=result.surrogate,
         )
         self.callbacks.on_eval(record)
 

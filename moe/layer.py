@@ -9,13 +9,14 @@ Shape suffixes: T tokens of this rank, D width, E experts, N chosen (token, expe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gates import Causality, Gate, GateConfig, GateInput, GateOutput, Mode, RoutingPlan, Slots, build_gate
+from gates.metrics import agreement, max_vio
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import UserError
 from moe.experts import ExpertBank, Experts, SwiGLU
@@ -25,7 +26,8 @@ from moe.experts import ExpertBank, Experts, SwiGLU
 class RoutingContext:
     """What a gate may want to know besides the tokens; see :class:`gates.GateInput` for each field.
 
-    The T of all fields is the number of tokens that the layer sees, its leading dimensions flattened.
+    The T of all fields is the number of tokens that the layer sees, its leading dimensions flattened. ``causal``: the
+    model is one in which a token must not depend on later ones, so that evaluation routes as generation does.
     """
 
     ids_T: Tensor | None = None
@@ -40,10 +42,11 @@ class RoutingContext:
     step: int = 0
     mode: Mode = Mode.EVAL
     rng: torch.Generator | None = None
+    causal: bool = False
 
     def gate_input(self, x_TD: Tensor) -> GateInput:
         """These facts about the tokens ``x_TD``."""
-        return GateInput(x_TD, **{f.name: getattr(self, f.name) for f in fields(self)})
+        return GateInput(x_TD, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "causal"})
 
 
 def weighted_aux(aux: Mapping[str, Tensor], coefs: Mapping[str, float], gate_name: str) -> Tensor | float:
@@ -133,7 +136,10 @@ class MoELayer(nn.Module):
         if context is None:
             context = RoutingContext(mode=Mode.TRAIN if self.training else Mode.EVAL)
         x_TD = x.reshape(-1, self.dim)
-        routing = self.gate_for(context.mode)(context.gate_input(x_TD))
+        gate = self.gate_for(context.mode, context.causal)
+        routing = gate(context.gate_input(x_TD))
+        if gate is not self.gate and context.mode is Mode.EVAL:
+            routing = self._compared(routing, context.gate_input(x_TD))
         if routing.plan.slots is not None:
             y_TD = self._mix_slots(x_TD, routing.plan.slots)
         else:
@@ -160,19 +166,34 @@ class MoELayer(nn.Module):
     @torch.no_grad()
     def choose(self, x: Tensor, context: RoutingContext) -> RoutingPlan:
         """Only the gate's choice, without autograd history: what a later ``context.replay`` repeats."""
-        routing: GateOutput = self.gate_for(context.mode)(context.gate_input(x.reshape(-1, self.dim)))
+        gate = self.gate_for(context.mode, context.causal)
+        routing: GateOutput = gate(context.gate_input(x.reshape(-1, self.dim)))
         return routing.plan.detach()
 
-    def gate_for(self, mode: Mode) -> Gate:
+    @torch.no_grad()
+    def _compared(self, served: GateOutput, inp: GateInput) -> GateOutput:
+        """``served`` with metrics of how well the gate that generates stands in for the one that was trained."""
+        batch: GateOutput = self.gate(inp)
+        compared = {
+            "surrogate_agreement": agreement(served.plan, batch.plan),
+            "surrogate_max_vio": max_vio(served.plan.offered_E),
+            "batch_max_vio": max_vio(batch.plan.offered_E),
+        }
+        return replace(served, metrics={**served.metrics, **compared})
+
+    def gate_for(self, mode: Mode, causal: bool = False) -> Gate:
         """The gate to ask in ``mode``: when tokens come one after another, one that needs no later token.
 
         A gate that looks at the whole batch is replaced in PREFILL as well as in DECODE: a prompt must be routed the
-        same whether it comes at once, in chunks or token by token, or cached keys would differ from a fresh run's.
+        same whether it comes at once, in chunks or token by token, or cached keys would differ from a fresh run's. In a
+        ``causal`` model it is replaced in EVAL too: a token that sees later ones through its routing would look
+        better predicted than it can be when text is written.
 
         Raises:
             UserError: the gate declares no causal surrogate.
         """
-        if mode not in (Mode.PREFILL, Mode.DECODE) or self.gate.causality is not Causality.BATCH:
+        one_by_one = mode in (Mode.PREFILL, Mode.DECODE) or (causal and mode is Mode.EVAL)
+        if not one_by_one or self.gate.causality is not Causality.BATCH:
             return self.gate
         surrogate = self.gate.causal_surrogate()
         if surrogate is None:

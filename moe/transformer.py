@@ -382,6 +382,7 @@ def _routing_context(ids_BT: Tensor, position_BT: Tensor, context: ForwardContex
         row=context.row,
         step=context.step,
         mode=context.mode,
+        causal=True,
     )
 
 

@@ -70,7 +70,7 @@ class ConsoleLog(Callback):
         what = "final validation" if record.final else "validation"
         self._say(
             f"step {record.step}/{self._steps}  {what}: {record.bits_per_byte:.4f} bits per byte,"
-            f" loss {record.loss:.4f} over {record.tokens:,} tokens ({record.elapsed_s:.1f} s)",
+            f" loss {record.loss:.4f} over {record.tokens:,} tokens ({record.elapsed_s:.1f} s){_surrogate(record)}",
             style="bold green",
         )
 
@@ -127,3 +127,14 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _surrogate(record: EvalRecord) -> str:
+    """How the gate that generates text agrees with the trained one, where these are two."""
+    if not record.surrogate:
+        return ""
+    found = record.surrogate
+    return (
+        f"; routed as in generation: {found['agreement']:.0%} of the pairs of the trained gate,"
+        f" max_vio {found['max_vio']:.2f} for {found['batch_max_vio']:.2f}"
+    )

@@ -83,4 +83,5 @@ def engine_values(engine: EngineMetrics) -> dict[str, float]:
 
 def eval_values(record: EvalRecord) -> dict[str, float]:
     """Scalars of one evaluation by tracker name."""
-    return {"eval/loss": record.loss, "eval/bits_per_byte": record.bits_per_byte}
+    values = {"eval/loss": record.loss, "eval/bits_per_byte": record.bits_per_byte}
+    return values | {f"eval/surrogate_{name}": value for name, value in record.surrogate.items()}
