@@ -32,7 +32,7 @@ from gates.linear import draw_uniform_
 from gates.metrics import plan_metrics
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
-from gates.solvers.smooth_step import smooth_step
+from gates.solvers.soft_tree import leaf_probabilities
 
 
 class COMETConfig(GateConfig):
@@ -99,69 +99,43 @@ class COMETGate(Gate):
     def route(self, inp: GateInput) -> GateOutput:
         """See :meth:`Gate.route`."""
         config, num_experts = self.config, self.num_experts
-        v_TKE, logit_TKE = self._descend(inp.x_TD)
+        v_KET, logit_KET = self._descend(inp.x_TD)
         # One softmax over k E entries of log v + a, of which those with v = 0 are left out.
-        open_TKE = v_TKE > 0
-        top_T11 = logit_TKE.detach().masked_fill(~open_TKE, -torch.inf).amax((1, 2), keepdim=True)
-        mass_TKE = v_TKE * (logit_TKE - top_T11).clamp_max(0).exp()
-        mass_TE = mass_TKE.sum(1)
-        weight_TE = mass_TE / mass_TE.sum(1, keepdim=True)
+        closed_KET = v_KET == 0
+        open_logit_KET = logit_KET.masked_fill(closed_KET, -torch.inf)
+        top_T = open_logit_KET.detach().amax((0, 1))
+        mass_ET = (v_KET * (open_logit_KET - top_T).exp()).sum(0)
+        weight_TE = (mass_ET / mass_ET.sum(0)).t()
         if inp.replay is None:
-            plan = RoutingPlan.from_mask(open_TKE.any(1), weight_TE)
+            plan = RoutingPlan.from_mask(~closed_KET.all(0).t(), weight_TE)
         else:
             plan = inp.replay.with_weight(inp.replay.pick(weight_TE))
-        logits_TE = logit_TKE.mean(1)
+        logits_TE = logit_KET.mean(0).t()
         if not inp.with_losses:
             return GateOutput(plan, logits_TE=logits_TE)
         num_tokens = max(1, plan.num_tokens)
         aux: dict[str, Tensor] = {}
-        entropy = -torch.special.xlogy(v_TKE, v_TKE.clamp_min(torch.finfo(v_TKE.dtype).tiny)).sum() / num_tokens
-        if config.entropy_coef:
-            aux["entropy"] = self.warmth.to(entropy.dtype) * entropy
-        if config.balance_coef:
-            share_E = v_TKE.sum((0, 1)) / (num_tokens * config.k)
-            aux["balance"] = num_experts * share_E.square().sum()
         metrics = plan_metrics(plan)
-        metrics["split_entropy"] = entropy.detach()
-        metrics["decided_frac"] = (
-            ((v_TKE == 0) | (v_TKE == 1)).all(-1).float().mean() if plan.num_tokens else entropy.detach()
-        )
+        if config.entropy_coef:
+            # A leaf that is not reached adds nothing and pulls nowhere: v log v ends at 0, its slope does not.
+            log_KET = v_KET.clamp_min(torch.finfo(v_KET.dtype).tiny).log()
+            entropy = -(v_KET * log_KET).sum() / num_tokens
+            aux["entropy"] = self.warmth.to(entropy.dtype) * entropy
+            metrics["split_entropy"] = entropy.detach()
+        if config.balance_coef:
+            share_E = v_KET.sum((0, 2)) / (num_tokens * config.k)
+            aux["balance"] = num_experts * share_E.square().sum()
         return GateOutput(plan, aux, metrics, logits_TE)
 
     def _descend(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, K, E) probability v of each leaf, and its weight logit."""
+        """(K, E, T) probability v of each leaf, and its weight logit."""
         config, num_experts = self.config, self.num_experts
         splits = config.k * (num_experts - 1)
         if config.normalise:
             x_TD = F.rms_norm(x_TD, x_TD.shape[-1:])
         weight = torch.cat([self.split_weight, self.leaf_weight]).to(x_TD.dtype)
         bias = torch.cat([self.split_bias, self.leaf_bias]).to(x_TD.dtype)
-        both = F.linear(x_TD, weight, bias)
-        check_finite(both, config.name)
-        split_TKS = both[:, :splits].view(-1, config.k, num_experts - 1)
-        left_TKS, right_TKS = smooth_step(split_TKS, config.gamma), smooth_step(-split_TKS, config.gamma)
-        return leaf_probabilities(left_TKS, right_TKS), both[:, splits:].view(-1, config.k, num_experts)
-
-
-def leaf_probabilities(left_TKS: Tensor, right_TKS: Tensor) -> Tensor:
-    """(T, K, E) probability of reaching each leaf of a heap-ordered tree, level by level.
-
-    Args:
-        left_TKS, right_TKS: (T, K, E - 1) probability of going left, and right, at each split; they add up to 1.
-    """
-    num_experts = left_TKS.shape[-1] + 1
-    reach = left_TKS.new_ones(*left_TKS.shape[:-1], 1)  # the nodes of one level, from left to right
-    leaves = []
-    first = 0
-    while first < 2 * num_experts - 1:
-        width = reach.shape[-1]
-        splitting = max(0, min(width, num_experts - 1 - first))
-        leaves.append(reach[..., splitting:])
-        if not splitting:
-            break
-        here = slice(first, first + splitting)
-        parent = reach[..., :splitting]
-        reach = torch.stack([parent * left_TKS[..., here], parent * right_TKS[..., here]], -1).flatten(-2)
-        first += width
-    # A level's leaves stand to the right of its splits, and the next level's numbers follow.
-    return torch.cat(leaves, -1)
+        both = torch.addmm(bias.unsqueeze(1), weight, x_TD.t())
+        check_finite(both.t(), config.name)
+        v_KET = leaf_probabilities(both[:splits].view(config.k, num_experts - 1, -1), config.gamma)
+        return v_KET, both[splits:].view(config.k, num_experts, -1)

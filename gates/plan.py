@@ -172,12 +172,18 @@ class RoutingPlan:
             offered_E: (E,) int64 load before drops; None when nothing was dropped.
         """
         num_tokens, num_experts = mask_TE.shape
-        row_ptr_T1 = torch.zeros(num_tokens + 1, dtype=torch.int64, device=mask_TE.device)
-        row_ptr_T1[1:] = torch.cumsum(mask_TE.sum(1), 0)
-        token_N, expert_N = mask_TE.nonzero(as_tuple=True)
-        weight_N = _at_least_fp32(weight_TE[token_N, expert_N])
-        load_E = torch.bincount(expert_N, minlength=num_experts)
-        dense = num_tokens > 0 and expert_N.numel() == num_tokens * num_experts
+        dense = num_tokens > 0 and bool(mask_TE.all())
+        if dense:
+            row_ptr_T1 = torch.arange(num_tokens + 1, device=mask_TE.device) * num_experts
+            expert_N = torch.arange(num_experts, device=mask_TE.device).repeat(num_tokens)
+            weight_N = _at_least_fp32(weight_TE.reshape(-1))
+            load_E = torch.full((num_experts,), num_tokens, device=mask_TE.device)
+        else:
+            row_ptr_T1 = torch.zeros(num_tokens + 1, dtype=torch.int64, device=mask_TE.device)
+            row_ptr_T1[1:] = torch.cumsum(mask_TE.sum(1), 0)
+            token_N, expert_N = mask_TE.nonzero(as_tuple=True)
+            weight_N = _at_least_fp32(weight_TE[token_N, expert_N])
+            load_E = torch.bincount(expert_N, minlength=num_experts)
         return RoutingPlan(
             row_ptr_T1,
             expert_N,
