@@ -208,8 +208,7 @@ def negative_log_likelihood(spec: GateSpec, experts: int, x_RND: Tensor, y_RN: T
     """The mean over samples; row r of the parameters is judged by sample r modulo R, so starts may be stacked."""
 
     def objective(theta_AP: Tensor, rows_A: Tensor) -> Tensor:
-        at_A = rows_A % len(x_RND)
-        mix = Mixture.unpack(theta_AP, experts, x_RND.shape[2])
+        at_A, mix = rows_A % len(x_RND), Mixture.unpack(theta_AP, experts, x_RND.shape[2])
         return -log_density(mix, spec, x_RND[at_A], y_RN[at_A]).mean(1)
 
     return objective
@@ -256,6 +255,7 @@ class Voronoi:
     loss_R: Tensor
     size_RJ: Tensor
     error_RJ: dict[str, Tensor]  # b1, b0, a, b, nu: mean over the cell's experts, weighted by exp(b0); inf if empty
+    farthest_RJ: dict[str, Tensor]  # b1, a, b, nu: of the cell's worst expert, whatever its weight; 0 if empty
 
 
 def voronoi(fitted: Mixture, truth: Mixture) -> Voronoi:
@@ -272,8 +272,7 @@ def voronoi(fitted: Mixture, truth: Mixture) -> Voronoi:
     true = torch.cat([truth.slope_RED[0], truth.intercept_RE[0, :, None], true_var_J[:, None]], dim=1)
     cell_RE = torch.cdist(own, true[None]).argmin(2)
     member_REJ = torch.nn.functional.one_hot(cell_RE, len(true)).bool()
-    size_RJ = member_REJ.sum(1)
-    empty_RJ = size_RJ == 0
+    size_RJ, empty_RJ = member_REJ.sum(1), ~member_REJ.any(1)
 
     bias_REJ = fitted.gate_bias_RE[:, :, None].masked_fill(~member_REJ, -math.inf)
     log_mass_RJ = bias_REJ.logsumexp(1)
@@ -297,4 +296,5 @@ def voronoi(fitted: Mixture, truth: Mixture) -> Voronoi:
     for error in (loss_R, *error_RJ.values()):  # a gate that has run off to infinity
         error.nan_to_num_(nan=math.inf, posinf=math.inf)
     error_RJ = {name: error.masked_fill(empty_RJ, math.inf) for name, error in error_RJ.items()}
-    return Voronoi(loss_R.masked_fill(empty_RJ.any(1), math.inf), size_RJ, error_RJ)
+    farthest_RJ = {name: (member_REJ * d_RE[:, :, None]).amax(1) for name, d_RE in distance_RE.items()}
+    return Voronoi(loss_R.masked_fill(empty_RJ.any(1), math.inf), size_RJ, error_RJ, farthest_RJ)

@@ -160,6 +160,8 @@ def test_voronoi_loss_of_a_shared_expert_takes_the_higher_powers() -> None:
         result = gm.voronoi(copies, AUTHORS)
         assert result.size_RJ.tolist() == [[1, 2]]
         assert result.loss_R.item() == pytest.approx(0.5**power)
+        key = {"slope_RED": "a", "intercept_RE": "b", "gate_slope_RED": "b1"}[name]
+        assert result.farthest_RJ[key].tolist() == [[0, pytest.approx(0.5)]]
 
 
 def test_voronoi_loss_of_a_lost_expert_is_infinite() -> None:
