@@ -137,5 +137,5 @@ class COMETGate(Gate):
         bias = torch.cat([self.split_bias, self.leaf_bias]).to(x_TD.dtype)
         both = torch.addmm(bias.unsqueeze(1), weight, x_TD.t())
         check_finite(both.t(), config.name)
-        v_KET = leaf_probabilities(both[:splits].view(config.k, num_experts - 1, -1), config.gamma)
-        return v_KET, both[splits:].view(config.k, num_experts, -1)
+        v_KET = leaf_probabilities(both[:splits].view(config.k, num_experts - 1, both.shape[1]), config.gamma)
+        return v_KET, both[splits:].view(config.k, num_experts, both.shape[1])

@@ -106,7 +106,7 @@ class DSelectKGate(Gate):
             bit_TKb = self.bit_bias.to(x_TD.dtype).expand(x_TD.shape[0], -1)
             logit_TK = self.selector_bias.to(x_TD.dtype).expand(x_TD.shape[0], -1)
         check_finite(torch.cat([bit_TKb, logit_TK], 1), config.name)
-        bit_TK1b = bit_TKb.view(-1, config.k, 1, bits)
+        bit_TK1b = bit_TKb.reshape(x_TD.shape[0], config.k, 1, bits)
         one, zero = smooth_step(bit_TK1b, config.gamma), smooth_step(-bit_TK1b, config.gamma)
         r_TKE = torch.where(self.code_Eb, one, zero).prod(-1)
         weight_TE = (logit_TK.softmax(-1).unsqueeze(-1) * r_TKE).sum(1)

@@ -65,9 +65,13 @@ class LocalSearchConfig(GateConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_preset(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("preset") == "paper":
-            return {**PAPER, **values}
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("preset") == "paper":
+            values = {**PAPER, **values}
+        if isinstance(values.get("gate"), Mapping) and "name" not in values["gate"]:
+            values = {**values, "gate": {"name": TopKConfig().name, **values["gate"]}}
         return values
 
     def aux_coefs(self) -> dict[str, float]:

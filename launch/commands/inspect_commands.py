@@ -69,7 +69,9 @@ def show_gate(name: Annotated[str, typer.Argument(help="The gate's name.")], as_
         table.add_column(column, overflow="fold")
     for option, field in schema["properties"].items():
         if option != "name":
-            default = json.dumps(field["default"]) if "default" in field else "required"
+            value = field.get("default")
+            value = value["name"] if isinstance(value, dict) and "name" in value else value  # a gate within a gate
+            default = json.dumps(value) if "default" in field else "required"
             cells = (f"gate.{option}", _values(field), default, field.get("description", ""))
             table.add_row(*map(Text, cells))
     console.print(table)

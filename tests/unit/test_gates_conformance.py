@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gates import Causality, Gate, GateInput, GateNumericsError, Mode, build_gate, gate_type, parse_gate_config
+from gates import (
+    Causality,
+    Gate,
+    GateInput,
+    GateNumericsError,
+    Mode,
+    build_gate,
+    gate_names,
+    gate_type,
+    parse_gate_config,
+)
 from tests.gate_conformance import (
     DIM,
     TOKEN_COUNTS,
@@ -56,6 +68,34 @@ def test_legal_plan_for_every_size(case: Case) -> None:
                     assert bool(torch.isfinite(value))
                 assert not any(value.requires_grad for value in out.metrics.values())
                 assert not out.aux or mode is not Mode.PREFILL
+
+
+ONE_EXPERT: dict[str, dict[str, Any]] = {
+    "topk": {"renormalise": False},
+    "gshard": {"renormalise": False, "noise": "none", "renormalise_kept": False},
+    "noisy_topk": {"renormalise": False, "load_coef": 0},
+    "deepseek_v3": {"renormalise": False, "num_groups": 1, "topk_groups": 1},
+    "dense_to_sparse": {"renormalise": False},
+    "expert_choice": {"capacity_factor": 1.0},
+    "feature_choice": {"mean_k": 1},
+    "mutual_choice": {"mean_k": 1},
+    "local_search": {"gate": {"name": "comet", "k": 1}},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in gate_names() if name != "replay"])
+def test_a_single_expert_is_routed_to_or_refused_by_name(name: str) -> None:
+    kind = gate_type(name).config_type
+    one = {"k": 1} if "k" in kind.model_fields and name != "zero_computation" else {}
+    config = parse_gate_config({"name": name, **one, **ONE_EXPERT.get(name, {})})
+    gate = build_gate(config, DIM, 1)
+    live(gate, range(3))
+    for num_tokens in (0, 1, 9):
+        for mode in (Mode.TRAIN, Mode.EVAL, Mode.DECODE):
+            inp = tokens(num_tokens, gate.num_logits, mode=mode)
+            assert_legal(gate(inp).plan, gate, inp)
+    problems = parse_gate_config(name).check(1)
+    assert all(re.match(r"[a-z_.]+: .*\b(only|of)\b", problem) or "divide" in problem for problem in problems), problems
 
 
 @every_gate
