@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from gates import gate_names, gate_type
+from gates import GateConfig, gate_names, gate_type
 from launch.config import TrainConfig
 from launch.config_layers import Layers, PathKeys
 
@@ -136,7 +136,7 @@ def _line(layers: Layers, error: ErrorDetails) -> str:
 def _unknown_option(keys: PathKeys, values: Mapping[str, Any]) -> str:
     owner = _owner(keys[:-1], values)
     known = sorted(owner.model_fields) if owner else []
-    of_gate = f" of gate {_gate_name(values)!r}" if keys[0] == "gate" else ""
+    of_gate = f" of gate {_gate_name(values, keys[:-1])!r}" if keys[0] == "gate" else ""
     hint = _did_you_mean(str(keys[-1]), known)
     if not hint:  # the right name in the wrong section
         elsewhere = [path for path in option_paths(values) if path.rpartition(".")[2] == str(keys[-1])]
@@ -165,25 +165,26 @@ def _owner(keys: PathKeys, values: Mapping[str, Any]) -> type[BaseModel] | None:
     for depth, key in enumerate(keys):
         if isinstance(key, int):
             continue  # an item of a list, whose class was entered with the list's name
-        if depth == 0 and key == "gate":
-            found = _gate_options(values)
-        else:
-            info = model.model_fields.get(key)
-            found = _section_type(info.annotation, inside_lists=True) if info else None
+        info = model.model_fields.get(key)
+        found = _section_type(info.annotation, inside_lists=True) if info else None
+        if found is GateConfig:  # the gate, or one within it: its name says which options there are
+            found = _gate_options(values, keys[: depth + 1])
         if found is None:
             return None
         model = found
     return model
 
 
-def _gate_name(values: Mapping[str, Any]) -> str:
-    gate = values.get("gate")
+def _gate_name(values: Mapping[str, Any], keys: PathKeys = ("gate",)) -> str:
+    gate: Any = values
+    for key in keys:
+        gate = gate.get(key) if isinstance(gate, Mapping) else None
     name = gate.get("name") if isinstance(gate, Mapping) else gate
     return name if isinstance(name, str) else TrainConfig().gate.name
 
 
-def _gate_options(values: Mapping[str, Any]) -> type[BaseModel] | None:
-    name = _gate_name(values)
+def _gate_options(values: Mapping[str, Any], keys: PathKeys = ("gate",)) -> type[BaseModel] | None:
+    name = _gate_name(values, keys)
     return gate_type(name).config_type if name in gate_names() else None
 
 

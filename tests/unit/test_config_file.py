@@ -595,3 +595,15 @@ def test_null_and_what_it_stands_for_are_the_same_structure() -> None:
 def test_a_gate_that_keeps_other_tensors_is_another_structure(other_gate: str) -> None:
     before, after = (load_config(None, ["gate=other", f"gate.width={width}"]).config for width in (4, 5))
     assert structural_difference(before, after) == (["gate.width: 4 -> 5"], [])
+
+
+def test_a_gate_within_a_gate_has_options_of_its_own() -> None:
+    inner = ("gate.name=local_search", "gate.gate.name=comet")
+    assert load_config(None, [*inner, "gate.gate.gamma=0.5"]).config.gate.aux_coefs().keys() >= {
+        "entropy",
+        "permutation",
+    }
+    (problem,) = problems(None, *inner, "gate.gate.gama=0.5")
+    assert problem.startswith(
+        "command line  gate.gate.gama: unknown option of gate 'comet'. Did you mean 'gamma'? Known: "
+    )
