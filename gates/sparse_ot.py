@@ -58,7 +58,9 @@ class SparseOTConfig(PotentialConfig):
     )
     similarity: Literal["softmax", "logits"] = Field("softmax", description="what is transported for")
     solver: Solver = Field("lbfgs", description="of the semi-dual; newton needs orientation=token and k of 2 or more")
-    iterations: int = Field(20, ge=1, description="of the solver, at most")
+    iterations: int | None = Field(
+        None, ge=1, description="of the solver, at most; null: 20, or 150 with orientation=expert, which needs them"
+    )
     learning_rate: float = Field(1e-2, gt=0, description="of solver=adam")
     weights: Literal["softmax", "plan"] = Field(
         "softmax", description="softmax: of the logits, at the chosen pairs; plan: the plan's entries"
@@ -141,7 +143,7 @@ class SparseOTGate(PotentialGate):
             row_mass=num_tokens / num_experts,
             column_mass=1.0,
             solver=config.solver,
-            iterations=config.iterations,
+            iterations=config.iterations or 20,
             learning_rate=config.learning_rate,
         )
         alpha_E = solved.alpha_N - solved.alpha_N.mean()
@@ -158,7 +160,7 @@ class SparseOTGate(PotentialGate):
             row_mass=1.0,
             column_mass=num_tokens / num_experts,
             solver=config.solver,
-            iterations=config.iterations,
+            iterations=config.iterations or 150,
             learning_rate=config.learning_rate,
         )
         plan_TE = solved.columns.dense(num_tokens).t()

@@ -66,6 +66,9 @@ class TopKConfig(GateConfig):
         " tokens; both leave balance_coef at 0 unless it is given. frozen: it stays as it was loaded",
     )
     bias_update_rate: float = Field(1e-3, gt=0, description="balance=bias: step u of the update")
+    quantile_rate: float = Field(
+        0.1, gt=0, le=1, description="balance=quantile: how far of its way the bias moves in a step; 1 follows noise"
+    )
     num_groups: int = Field(1, ge=1, description="experts stand in this many groups of neighbours")
     topk_groups: int = Field(1, ge=1, description="a token may use this many groups")
     group_top: int = Field(2, ge=1, description="a group's score is the sum of this many best (DeepSeek-V2: 1, V3: 2)")
@@ -156,6 +159,7 @@ class TopKConfig(GateConfig):
         for field, parent_is_on, parent in (
             ("noise_std", self.noise == "fixed", "noise=fixed"),
             ("bias_update_rate", self.balance == "bias", "balance=bias"),
+            ("quantile_rate", self.balance == "quantile", "balance=quantile"),
             ("group_top", groups > 1, "num_groups above 1"),
             ("min_capacity", capacity, "capacity_factor"),
             ("drop_policy", capacity, "capacity_factor"),
@@ -253,7 +257,7 @@ class TopKGate(Gate):
         tokens = float(logits_TE.shape[0])
         if not tokens:
             return {"bias": torch.zeros_like(bias_E), "tokens": torch.tensor(0.0)}
-        choice_TE = logits_TE if config.order == "topk_then_score" else score(logits_TE, config.score)
+        choice_TE = self._compared(logits_TE)
         wanted_E = balance.quantile_bias(choice_TE, bias_E.to(choice_TE.dtype), config.k)
         return {"bias": wanted_E.float() * tokens, "tokens": torch.tensor(tokens)}
 
@@ -269,7 +273,7 @@ class TopKGate(Gate):
         config, bias_E = self.config, self.selection_bias
         plain = bias_E is None and config.num_groups == 1
         # Every score grows with its logit: without bias or groups the logits choose the same experts, and at once.
-        choice_TE = logits_TE if plain or config.order == "topk_then_score" else score(logits_TE, config.score)
+        choice_TE = logits_TE if plain else self._compared(logits_TE)
         if bias_E is not None:
             choice_TE = choice_TE + bias_E.to(choice_TE.dtype)
         if config.num_groups > 1:
@@ -281,6 +285,17 @@ class TopKGate(Gate):
         gumbel_TE = -_draw(torch.rand, choice_TE, rng).clamp_min(torch.finfo(choice_TE.dtype).tiny).log().neg().log()
         others_TE = (log_score(logits_TE, config.score) + gumbel_TE).scatter(1, first_T1, -torch.inf)
         return torch.cat([first_T1, top_k(others_TE, config.k - 1)], 1)
+
+    def _compared(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) what a selection bias is added to: logits or scores, by ``order``; for quantiles logarithms of scores.
+
+        A softmax's differences are too unlike for one number per expert: its quantiles would follow the noise.
+        """
+        if self.config.order == "topk_then_score":
+            return logits_TE
+        if self.config.balance == "quantile":
+            return log_score(logits_TE, self.config.score)
+        return score(logits_TE, self.config.score)
 
     def _replayed_selection(self, replay: RoutingPlan) -> Tensor:
         """(T, K) experts that ``replay`` chose, those that capacity dropped included."""
@@ -362,14 +377,17 @@ class TopKGate(Gate):
     @torch.no_grad()
     def end_step(self, load_E: Tensor, signals: Mapping[str, Tensor]) -> None:
         """Move the selection bias (``balance`` is bias or quantile). See :meth:`Gate.end_step`."""
+        config = self.config
         if self.selection_bias is None:
             return
-        if self.config.balance == "bias":
+        if config.balance == "bias":
             load_E = load_E.to(self.selection_bias.device)
-            rate = self.config.bias_update_rate
+            rate = config.bias_update_rate
             self.selection_bias.copy_(balance.sign_bias_update(self.selection_bias, load_E, rate))
-        elif self.config.balance == "quantile" and signals and float(signals["tokens"]):
-            self.selection_bias.copy_(signals["bias"] / signals["tokens"])
+        elif config.balance == "quantile" and signals and float(signals["tokens"]):
+            self.selection_bias.lerp_(
+                (signals["bias"] / signals["tokens"]).to(self.selection_bias), config.quantile_rate
+            )
 
     def causal_surrogate(self) -> TopKGate:
         """This gate without capacity, on the same parameters; itself when it is dropless."""

@@ -87,7 +87,11 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 }
 
 # Experts of these are not interchangeable: they stand in groups of neighbours, in a tree, or under a code.
-NOT_EQUIVARIANT_OPTIONS = ("num_groups", "solver")  # a Newton path that is cut short depends on rounding
+NOT_EQUIVARIANT_OPTIONS = (
+    "num_groups",
+    "solver",
+    "orientation",
+)  # solvers cut short follow rounding where optima are many
 NOT_EQUIVARIANT = (
     "comet",
     "deepseek_v3",
