@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from gates.linear import draw_uniform_
 from gates.metrics import plan_metrics
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
+from gates.solvers.rms_linear import rms_linear
 from gates.solvers.soft_tree import leaf_probabilities
 
 
@@ -131,11 +131,10 @@ class COMETGate(Gate):
         """(K, E, T) probability v of each leaf, and its weight logit."""
         config, num_experts = self.config, self.num_experts
         splits = config.k * (num_experts - 1)
-        if config.normalise:
-            x_TD = F.rms_norm(x_TD, x_TD.shape[-1:])
         weight = torch.cat([self.split_weight, self.leaf_weight]).to(x_TD.dtype)
         bias = torch.cat([self.split_bias, self.leaf_bias]).to(x_TD.dtype)
-        both = torch.addmm(bias.unsqueeze(1), weight, x_TD.t())
+        both = rms_linear(x_TD, weight, bias) if config.normalise else torch.addmm(bias.unsqueeze(1), weight, x_TD.t())
         check_finite(both.t(), config.name)
-        v_KET = leaf_probabilities(both[:splits].view(config.k, num_experts - 1, both.shape[1]), config.gamma)
-        return v_KET, both[splits:].view(config.k, num_experts, both.shape[1])
+        split_ST, leaf_LT = both.split([splits, config.k * num_experts])  # whose gradients are put together once
+        v_KET = leaf_probabilities(split_ST.view(config.k, num_experts - 1, both.shape[1]), config.gamma)
+        return v_KET, leaf_LT.view(config.k, num_experts, both.shape[1])
