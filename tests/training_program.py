@@ -45,7 +45,7 @@ def options(corpus: Path, work: Path, *more: str) -> list[str]:
     return [*SMALL, *data, *more]
 
 
-def command(ranks: int, *args: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def command(ranks: int, *args: str) -> list[str]:
     if ranks == 1:
         return [sys.executable, "launch/train.py", *args]
     port = f"--master-port={free_port()}"
@@ -56,7 +56,6 @@ def command(ranks: int, *args: str, launcher: tuple[str, ...] = ()) -> list[str]
         "--nproc-per-node",
         str(ranks),
         port,
-        *launcher,
         "launch/train.py",
         *args,
     ]
@@ -114,9 +113,9 @@ def _train(rank: int, ranks: int, port: int, args: tuple[str, ...], outputs: lis
     sys.exit(main())
 
 
-def start(ranks: int, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(ranks: int, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(ranks, *args, launcher=launcher),
+        command(ranks, *args),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
