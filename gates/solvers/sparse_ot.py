@@ -138,11 +138,11 @@ def _adam(problem: _Problem, alpha_N: Tensor, iterations: int, learning_rate: fl
     return parameter.detach()
 
 
-def _newton(problem: _Problem, alpha_N: Tensor, iterations: int, _: float) -> Tensor:
+def _newton(problem: _Problem, alpha_N: Tensor, iterations: int, learning_rate: float) -> Tensor:
     value, gradient_N, columns = problem.evaluate(alpha_N)
     eye_NN = torch.eye(alpha_N.numel(), dtype=alpha_N.dtype, device=alpha_N.device)
     tolerance = 50 * torch.finfo(alpha_N.dtype).eps
-    for _ in range(iterations):
+    for _step in range(iterations):
         if float(gradient_N.abs().max()) <= tolerance * problem.row_mass * problem.score_BN.shape[0]:
             break
         curvature_NN = problem.curvature(columns)
@@ -151,13 +151,14 @@ def _newton(problem: _Problem, alpha_N: Tensor, iterations: int, _: float) -> Te
         step_N = torch.linalg.solve(curvature_NN + damping * eye_NN, gradient_N)
         slope = float(gradient_N @ step_N)
         length = 1.0
-        for _ in range(25):
+        for _halving in range(25):
             trial = problem.evaluate(alpha_N + length * step_N)
             if float(trial[0] - value) >= 1e-4 * length * slope or float(trial[1].abs().max()) == 0:
                 break
             length /= 2
         else:
-            break  # a kink: no step along this direction rises
+            # A kink, or columns that hardly curve: no step along this direction rises, and others are left to try.
+            return _lbfgs(problem, alpha_N, iterations, learning_rate)
         alpha_N = alpha_N + length * step_N
         value, gradient_N, columns = trial
     return alpha_N
