@@ -32,7 +32,7 @@ from gates.metrics import plan_metrics
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
 from gates.solvers.rms_linear import rms_linear
-from gates.solvers.soft_tree import leaf_probabilities
+from gates.solvers.soft_tree import mix_leaves
 
 
 class COMETConfig(GateConfig):
@@ -99,15 +99,11 @@ class COMETGate(Gate):
     def route(self, inp: GateInput) -> GateOutput:
         """See :meth:`Gate.route`."""
         config, num_experts = self.config, self.num_experts
-        v_KET, logit_KET = self._descend(inp.x_TD)
-        # One softmax over k E entries of log v + a, of which those with v = 0 are left out.
-        closed_KET = v_KET == 0
-        open_logit_KET = logit_KET.masked_fill(closed_KET, -torch.inf)
-        top_T = open_logit_KET.detach().amax((0, 1))
-        mass_ET = (v_KET * (open_logit_KET - top_T).exp()).sum(0)
-        weight_TE = (mass_ET / mass_ET.sum(0)).t()
+        split_KST, logit_KET = self._scores(inp.x_TD)
+        mixture = mix_leaves(split_KST, logit_KET, config.gamma)
+        weight_TE = mixture.weight_ET.t()
         if inp.replay is None:
-            plan = RoutingPlan.from_mask(~closed_KET.all(0).t(), weight_TE)
+            plan = RoutingPlan.from_mask(mixture.open_ET.t(), weight_TE)
         else:
             plan = inp.replay.with_weight(inp.replay.pick(weight_TE))
         logits_TE = logit_KET.mean(0).t()
@@ -116,25 +112,23 @@ class COMETGate(Gate):
         num_tokens = max(1, plan.num_tokens)
         aux: dict[str, Tensor] = {}
         metrics = plan_metrics(plan)
+        entropy = mixture.entropy / num_tokens
+        metrics["split_entropy"] = entropy.detach()
         if config.entropy_coef:
-            # A leaf that is not reached adds nothing and pulls nowhere: v log v ends at 0, its slope does not.
-            log_KET = v_KET.clamp_min(torch.finfo(v_KET.dtype).tiny).log()
-            entropy = -(v_KET * log_KET).sum() / num_tokens
             aux["entropy"] = self.warmth.to(entropy.dtype) * entropy
-            metrics["split_entropy"] = entropy.detach()
         if config.balance_coef:
-            share_E = v_KET.sum((0, 2)) / (num_tokens * config.k)
+            share_E = mixture.mass_E / (num_tokens * config.k)
             aux["balance"] = num_experts * share_E.square().sum()
         return GateOutput(plan, aux, metrics, logits_TE)
 
-    def _descend(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, E, T) probability v of each leaf, and its weight logit."""
+    def _scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, S, T) what each split decides by, and (K, E, T) the weight logit of each leaf."""
         config, num_experts = self.config, self.num_experts
-        splits = config.k * (num_experts - 1)
         weight = torch.cat([self.split_weight, self.leaf_weight]).to(x_TD.dtype)
         bias = torch.cat([self.split_bias, self.leaf_bias]).to(x_TD.dtype)
         both = rms_linear(x_TD, weight, bias) if config.normalise else torch.addmm(bias.unsqueeze(1), weight, x_TD.t())
         check_finite(both.t(), config.name)
-        split_ST, leaf_LT = both.split([splits, config.k * num_experts])  # whose gradients are put together once
-        v_KET = leaf_probabilities(split_ST.view(config.k, num_experts - 1, both.shape[1]), config.gamma)
-        return v_KET, leaf_LT.view(config.k, num_experts, both.shape[1])
+        # By split, not by slices: their gradients are put together in one go.
+        split_ST, leaf_LT = both.split([config.k * (num_experts - 1), config.k * num_experts])
+        split_KST = split_ST.view(config.k, num_experts - 1, both.shape[1])
+        return split_KST, leaf_LT.view(config.k, num_experts, both.shape[1])

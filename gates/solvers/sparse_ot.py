@@ -70,7 +70,7 @@ def solve_semi_dual(
     """
     if gamma <= 0:
         raise ValueError(f"gamma: {gamma} must be above 0")
-    problem = _Problem(score_BN, k, gamma * column_mass, row_mass, column_mass)
+    problem = _Problem(score_BN.detach(), k, gamma * column_mass, row_mass, column_mass)
     alpha_N = torch.zeros_like(score_BN[0]) if start_N is None else start_N.to(score_BN).clone()
     with torch.no_grad():
         alpha_N = _SOLVERS[solver](problem, alpha_N, iterations, learning_rate)

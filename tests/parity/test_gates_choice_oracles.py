@@ -441,6 +441,10 @@ def test_zero_computation(zero: int, copies: int, constants: int, k: int, with_r
     balance = (eta * load / load.sum() * mean_prob).sum() * (1 / eta).sum()
     assert routing.aux["balance"].item() == pytest.approx(balance, rel=1e-10)
     assert routing.metrics["free_frac"].item() == pytest.approx(load[num_experts:].sum() / load.sum(), rel=1e-6)
+    replayed = gate(GateInput(x_TD + 1, prev_logits_TE=before_TA, replay=routing.plan)).plan
+    np.testing.assert_array_equal(visits(replayed), visits(routing.plan))
+    assert replayed.undispatched is not None
+    np.testing.assert_array_equal(visits(replayed.undispatched), visits(routing.plan.undispatched))
 
 
 def test_balance_of_zero_computation_is_one_at_its_optimum() -> None:

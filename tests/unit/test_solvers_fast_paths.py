@@ -7,7 +7,12 @@ import torch
 
 from gates.solvers.assignment import balanced_assignment
 from gates.solvers.rms_linear import rms_linear, rms_linear_reference
-from gates.solvers.soft_tree import leaf_probabilities, leaf_probabilities_reference
+from gates.solvers.soft_tree import (
+    leaf_probabilities,
+    leaf_probabilities_reference,
+    mix_leaves,
+    mix_leaves_reference,
+)
 from gates.solvers.sparse_ot import solve_semi_dual
 
 pytestmark = pytest.mark.unit
@@ -49,6 +54,31 @@ def test_leaf_probabilities(leaves: int, gamma: float) -> None:
     upstream = random(2, leaves, 4, seed=1).detach()
     (grad,), (wanted,) = (torch.autograd.grad(value, split, upstream) for value in (found, expected))
     torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 6, 8, 17])
+@pytest.mark.parametrize("gamma", [0.1, 1.0, 10.0])
+def test_mixture_of_leaves(leaves: int, gamma: float) -> None:
+    split, logit = random(3, leaves - 1, 5), (random(3, leaves, 5, seed=1) * 4).detach().requires_grad_()
+    found, expected = mix_leaves(split, logit, gamma), mix_leaves_reference(split, logit, gamma)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found.weight_ET.sum(0), torch.ones(5, dtype=torch.float64))
+    upstream = [random(leaves, 5, seed=2).detach(), random(leaves, seed=3).detach(), torch.tensor(0.7).double()]
+    grads, wanted_grads = (torch.autograd.grad(m[:3], (split, logit), upstream) for m in (found, expected))
+    for grad, wanted in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_mixture_of_leaves_far_apart_is_finite() -> None:
+    """The largest logit stands on a leaf that is closed, or all but closed."""
+    split = torch.tensor([[[-1.0, 0.499999]]]).double().requires_grad_()
+    logit = torch.tensor([[[1e4, 0.0], [0.0, 1e4]]]).double().requires_grad_()
+    mixture = mix_leaves(split, logit, 1.0)
+    assert mixture.weight_ET.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    mixture.weight_ET.square().sum().backward()
+    assert bool(torch.isfinite(split.grad).all())  # type: ignore[arg-type]
+    assert bool(torch.isfinite(logit.grad).all())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gamma", [1e-4, 1e-3, 3e-3, 1e-2])
