@@ -33,16 +33,16 @@ class _RMSLinear(torch.autograd.Function):
         square_T = torch.linalg.vector_norm(x_TD, dim=1).square_() / dim
         inverse_T = (square_T + torch.finfo(x_TD.dtype).eps).rsqrt_()
         out_OT = (weight_OD @ x_TD.t()).mul_(inverse_T).add_(bias_O.unsqueeze(1))
-        ctx.save_for_backward(x_TD, weight_OD, bias_O, inverse_T, out_OT)
+        ctx.save_for_backward(x_TD, weight_OD, inverse_T)
         return out_OT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, weight_OD, bias_O, inverse_T, out_OT = ctx.saved_tensors
+        x_TD, weight_OD, inverse_T = ctx.saved_tensors
         grad_OT = grads[0]
-        # How the loss changes with the length of a token: sum over outputs of gradient times output without bias.
-        pull_T = (grad_OT * out_OT).sum(0) - bias_O @ grad_OT
-        scaled_OT = grad_OT * inverse_T
-        grad_TD = scaled_OT.t() @ weight_OD
-        grad_TD.addcmul_(x_TD, (pull_T * inverse_T.square() / x_TD.shape[1]).unsqueeze(1), value=-1)
-        return grad_TD, scaled_OT @ x_TD, grad_OT.sum(1)
+        grad_TD = grad_OT.t() @ weight_OD
+        # How the loss changes with the length of a token: along the token itself.
+        along_T = torch.bmm(x_TD.unsqueeze(1), grad_TD.unsqueeze(2)).flatten()
+        grad_TD.mul_(inverse_T.unsqueeze(1))
+        grad_TD.addcmul_(x_TD, (along_T * inverse_T.pow(3) / x_TD.shape[1]).unsqueeze(1), value=-1)
+        return grad_TD, (grad_OT * inverse_T) @ x_TD, grad_OT.sum(1)
