@@ -11,6 +11,7 @@ Shape suffixes: T tokens, E experts, K experts per token, V ids.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -90,7 +91,7 @@ class HashGate(Gate):
         config = self.config
         try:
             table_VK = torch.load(config.table, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
             raise ValueError(f"gate.table: cannot read {config.table}: {error}") from error
         if not isinstance(table_VK, Tensor) or table_VK.shape != self.table_VK.shape or table_VK.dtype != torch.int64:
             found = (

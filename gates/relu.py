@@ -21,6 +21,7 @@ from gates.base import GateInput
 from gates.linear import LinearGate, LinearGateConfig
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
+from gates.scores import top_k
 
 
 class ReLUConfig(LinearGateConfig):
@@ -69,7 +70,7 @@ class ReLUGate(LinearGate):
         mask_TE = logits_TE > 0
         limit = self.config.max_k
         if limit is not None and limit < self.num_experts:
-            best_TK = logits_TE.topk(limit, -1).indices
+            best_TK = top_k(logits_TE, limit)
             mask_TE &= torch.zeros_like(mask_TE).scatter_(1, best_TK, True)
         signals = {"pairs": mask_TE.sum().float(), "tokens": torch.tensor(float(mask_TE.shape[0]))}
         return RoutingPlan.from_mask(mask_TE, logits_TE), signals

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -147,7 +148,16 @@ def load_routing(path: str | Path, num_experts: int) -> tuple[Recorded, int]:
             )
             for step, layer, row in found
         }
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        UnpicklingError,
+    ) as error:
         raise ValueError(f"gate.path: cannot read {path} as recorded routing: {error}") from error
     if not recorded:
         raise ValueError(f"gate.path: {path} holds no step: nothing was trained while it was recorded")

@@ -181,6 +181,7 @@ def solve_dual(
     Returns:
         alpha (N,), beta (B,), the plan (B, N) and the dual's value.
     """
+    score_BN = score_BN.detach()
     columns, rows = score_BN.shape
     both = torch.nn.Parameter(torch.zeros(rows + columns, dtype=score_BN.dtype, device=score_BN.device))
     optimizer = torch.optim.LBFGS(
