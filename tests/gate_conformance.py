@@ -77,10 +77,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "sparse_ot": [
         {},
         {"k": 1},
-        {"solver": "newton", "similarity": "logits", "weights": "plan"},
+        {"solver": "newton", "similarity": "logits", "weights": "plan", "iterations": 5},
         {"preset": "reference", "renormalise": True},
-        {"orientation": "expert", "gamma": 1.0},
-        {"orientation": "expert", "capacity_factor": 1.5, "gamma": 0.01},
+        {"orientation": "expert", "gamma": 1.0, "iterations": 10},
+        {"orientation": "expert", "capacity_factor": 1.5, "gamma": 0.01, "iterations": 10},
     ],
     "top_p": [{}, {"mean_k": 2.0, "max_k": None, "renormalise": False}],
     "zero_computation": [{}, {"k": 3, "zero_experts": 0, "copy_experts": 2, "constant_experts": 0, "residual": False}],
