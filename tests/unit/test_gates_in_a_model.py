@@ -46,7 +46,7 @@ def trained(gate: str, recompute: str = "none", batch: int = 4) -> tuple[Transfo
         optimizer.step()
         for (_, made), layer in zip(model.gates(), output.routing, strict=True):
             made.end_step(layer.output.plan.offered_E, layer.output.signals)
-        losses.append(float(nats / tokens))
+        losses.append(float(nats.detach() / tokens))
     return model, losses
 
 
