@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from gates.base import GateInput
 from gates.linear import LinearGate, LinearGateConfig
@@ -32,7 +32,16 @@ class ReLUConfig(LinearGateConfig):
     max_k: int | None = Field(None, ge=1, description="most experts of one token, the best ones; null: no limit")
     l1_start: float = Field(1e-8, gt=0, description="first coefficient of the L1 loss")
     l1_factor: float = Field(1.2, gt=1, description="what the coefficient is multiplied or divided by after a step")
+    bias: bool = Field(
+        True,
+        description="add a learned number per expert, 0 at first; without it, as in the paper, half of the experts stay"
+        " positive for tokens that are centred at 0, and no L1 loss can change that",
+    )
     sparsity_coef: float = Field(1.0, ge=0, description="weight of the L1 loss, on top of its moving coefficient")
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        """The projection, and the bias."""
+        return num_experts * (dim + self.bias)
 
     def experts_per_token(self, num_experts: int) -> float:
         """k, which holds once the controller has settled."""
@@ -59,11 +68,24 @@ class ReLUGate(LinearGate):
 
     def __init__(self, config: ReLUConfig, dim: int, num_experts: int) -> None:
         super().__init__(config, dim, num_experts)
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if config.bias else None
         self.register_buffer("l1", torch.tensor(config.l1_start, dtype=torch.float32))
 
     @property
     def max_k(self) -> int | None:
         return self.config.max_k
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weight, bias 0."""
+        super().reset_parameters(generator)
+        bias = getattr(self, "bias", None)  # the base class calls before there is one
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    def logits(self, inp: GateInput) -> Tensor:
+        """The projection, and the bias if there is one."""
+        logits_TE = super().logits(inp)
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
 
     def choose(self, logits_TE: Tensor, inp: GateInput) -> tuple[RoutingPlan, dict[str, Tensor]]:
         """See :meth:`LinearGate.choose`."""

@@ -70,7 +70,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"search": 1, "gate": {"name": "expert_choice"}},
     ],
     "mutual_choice": [{}, {"affinity": "relu", "load_cap": None, "mean_k": 1.5}],
-    "relu": [{}, {"k": 1, "max_k": 2, "l1_start": 1.0}],
+    "relu": [{}, {"k": 1, "max_k": 2, "l1_start": 1.0, "bias": False}],
     "replay": [{"path": str(RECORDING), "strict": False}],
     "sinkhorn": [{}, {"k": 2, "renormalise": True}, {"k": 2, "temperature": 0.1}],
     "soft": [{}, {"slots": 3}],

@@ -70,7 +70,7 @@ def identity_gate(config: dict[str, Any], num_experts: int) -> Gate:
 
 @torch.no_grad()
 def follow(config: dict[str, Any], stream: Stream, steps: int, tail: int) -> dict[str, float]:
-    """Imbalance of the first step and of the last ones together; the same routed token by token, and how alike that is."""
+    """Imbalance of the first step and of the last ones together; the same served token by token, and the agreement."""
     gate = identity_gate(config, stream.shape[1])
     served = gate.causal_surrogate()
     first, alike = 0.0, []
@@ -113,9 +113,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     even = chance(args.tokens, args.experts, 2, args.tail, 0)
-    print(
-        f"{args.tokens} tokens a step, {args.experts} experts, skew {args.skew:g}, {args.steps} steps; chance {even:.3f}"
-    )
+    print(f"{args.tokens} tokens, {args.experts} experts, skew {args.skew:g}, {args.steps} steps; chance {even:.3f}")
     print(f"{'gate':26s} {'first':>6s} {'last':>18s} {'served':>7s} {'agreement':>9s}  asked")
     rows, met = [], True
     for name in args.gates:
