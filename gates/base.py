@@ -300,6 +300,11 @@ class Gate(nn.Module, ABC):
         """The gate that serves token-by-token decode; None when there is nothing sound to do."""
         return None if self.causality is Causality.BATCH else self
 
+    @property
+    def generates_text(self) -> bool:
+        """Whether a causal language model can use it: it looks at no later token, or has a surrogate that does not."""
+        return self.causality is not Causality.BATCH or self.causal_surrogate() is not None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps buffers wide when the model goes to half precision: steps of a bias are too small for it."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

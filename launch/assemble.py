@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from gates import Causality
 from launch.callbacks.base import Callback, CallbackList
 from launch.config import COMPUTE_DTYPES, TrainConfig
 from launch.data import EvalWindows, PreparedData, TrainSampler, prepare_data
@@ -296,7 +295,7 @@ def build_model(
     sharded = config.parallel.mode != "local" and config.model.num_moe_layers > 0
     model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
     for layer, gate in model.gates():
-        if gate.causality is Causality.BATCH and gate.causal_surrogate() is None:
+        if not gate.generates_text:
             raise ConfigError(
                 [
                     f"gate.name: {config.gate.name!r} routes a token by looking at later ones (causality BATCH) and"

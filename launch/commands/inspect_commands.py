@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launch.commands.gates_compare import compare_gates
 from launch.commands.train_commands import Config, Json, Overrides
 
 PANEL = "Look"
@@ -17,9 +18,10 @@ PANEL = "Look"
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    gates = typer.Typer(no_args_is_help=True, help="List gating strategies and their options.")
+    gates = typer.Typer(no_args_is_help=True, help="List gating strategies, show their options, compare them.")
     gates.command("list")(list_gates)
     gates.command("show")(show_gate)
+    gates.command("compare")(compare_gates)
     app.add_typer(gates, name="gates", rich_help_panel=PANEL)
     config = typer.Typer(no_args_is_help=True, help="Show a resolved config, or the JSON schema of all options.")
     config.command("show")(show_config)

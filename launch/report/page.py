@@ -6,11 +6,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from launch.callbacks.console import format_duration
@@ -52,11 +51,9 @@ def write_report(run: Path) -> Path:
 
 def render(run: RunData) -> str:
     """The page as HTML text; every value from the run is escaped."""
-    folder = resources.files("launch.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["short"] = format_value
-    environment.filters["duration"] = format_duration
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    pages = templates()
+    pages.filters["short"] = format_value
+    pages.filters["duration"] = format_duration
     matrices = _matrices(run)
     layers = _layers(run, matrices)
     histories, columns = layer_histories(run.timeline.bins, layers) if run.timeline.bins else ([], [])
@@ -66,9 +63,9 @@ def render(run: RunData) -> str:
         "The run": _flat(dict(mapping(run.start.get("derived")))),
         "The machine": _flat(run.environment),
     }
-    return template.render(
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        script=Markup((folder / "page.js").read_text(encoding="utf-8")),
+    return pages.get_template("report/page.html").render(
+        style=source(pages, "report/page.css"),
+        script=source(pages, "report/page.js"),
         shades=[shade_colors(dark) for dark in (False, True)],
         gradients=[scale_gradient(dark) for dark in (False, True)],
         scale_marks=[(round(float(color_position(r)) * 100, 2), t) for r, t in _SCALE_MARKS],
@@ -98,6 +95,18 @@ def render(run: RunData) -> str:
         command=run.command,
         tables={title: rows for title, rows in tables.items() if rows},
     )
+
+
+def templates() -> Environment:
+    """The page templates of this package, which escape every value that they show."""
+    loader = PackageLoader("launch", "")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
+
+
+def source(pages: Environment, name: str) -> Markup:
+    """A file of the package as it is: styles and scripts."""
+    assert pages.loader is not None
+    return Markup(pages.loader.get_source(pages, name)[0])
 
 
 _SCALE_MARKS = ((0.0, "0"), (0.5, "½"), (1.0, "mean"), (2.0, "2×"), (4.0, "≥ 4×"))
