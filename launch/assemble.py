@@ -21,6 +21,7 @@ from launch.config import COMPUTE_DTYPES, TrainConfig
 from launch.data import EvalWindows, PreparedData, TrainSampler, prepare_data
 from launch.export import TOKENIZER_FOLDER, export_checkpoint, export_model
 from launch.interrupt import Interrupt
+from launch.memory import keep_freed_memory
 from launch.optim import build_optimizer
 from launch.records import RunInfo
 from launch.run_dir import CHECKPOINT_FOLDER, MODEL_FOLDER, RunDir, RunDirError
@@ -54,6 +55,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         print_dry_run(config)
         return 0
     set_determinism(config)
+    keep_freed_memory()
     changes = resumed_changes(config, checkpoint)
     with (
         ExitStack() as held,

@@ -5,6 +5,9 @@
 Every gate runs once a round, in an order that rotates, with its losses and metrics; ratios are taken within a round, so
 that a slow spell of the machine hits both sides. The bare router is logits, softmax, torch.topk and nothing else.
 Mixtral is transformers' router with its load balancing loss, on the same tokens and the same weights as topk.
+DeepSpeed's are its gating functions after the same projection, with the capacity of switch (one expert) and gshard
+(two); they return the dense (T, E, C) masks that its layer multiplies by, and so does nothing else here. Freed memory
+is kept, as launch/train.py does; --give-memory-back leaves the C library as it is.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ from torch import Tensor
 
 from gates.base import Gate, GateInput, Mode
 from gates.registry import build_gate, gate_names
+from launch.memory import keep_freed_memory
 
 BARE, MIXTRAL = "bare topk", "transformers Mixtral"
+DEEPSPEED = {"switch": "DeepSpeed top1gating", "gshard": "DeepSpeed top2gating"}
 STEP, TOTAL_STEPS, SEQUENCES = 50, 100, 8
 SKIPPED = {"replay", "forced"}  # they repeat or prescribe a routing: nothing that a model trains with
 # (gate, what its time is divided by): at most.
@@ -39,6 +44,8 @@ TARGETS = {
     ("sparse_ot", "topk"): 8.0,
     ("sinkhorn", "topk"): 4.0,
     ("expert_choice", "topk"): 2.0,
+    ("switch", DEEPSPEED["switch"]): 1.0,
+    ("gshard", DEEPSPEED["gshard"]): 1.0,
 }
 Call = Callable[[], None]
 
@@ -118,6 +125,24 @@ def mixtral_call(weight_ED: Tensor, x_TD: Tensor, k: int, grad_N: Tensor) -> Cal
     return call
 
 
+def deepspeed_call(gate: Gate, x_TD: Tensor) -> Call:
+    from deepspeed.moe import sharded_moe  # type: ignore[import-not-found]
+
+    (weight_ED,) = (weight.detach().clone().requires_grad_() for weight in gate.parameters())
+    factor, least = gate.config.capacity_factor, gate.config.min_capacity  # type: ignore[attr-defined]
+
+    def call() -> None:
+        x_TD.grad = weight_ED.grad = None
+        logits_TE = x_TD @ weight_ED.t()
+        if gate.config.name == "switch":
+            loss, weight_TEC, _, _ = sharded_moe.top1gating(logits_TE, factor, least, use_rts=False)
+        else:
+            loss, weight_TEC, _, _ = sharded_moe.top2gating(logits_TE, factor, least)
+        (weight_TEC.sum() + 0.01 * loss).backward()
+
+    return call
+
+
 def calls_for(num_tokens: int, dim: int, experts: int, k: int, names: list[str] | None = None) -> dict[str, Call]:
     inp = train_input(num_tokens, dim)
     grad_N = torch.randn(num_tokens * experts, generator=torch.Generator().manual_seed(1))
@@ -130,6 +155,11 @@ def calls_for(num_tokens: int, dim: int, experts: int, k: int, names: list[str] 
         gate.reset_parameters(torch.Generator().manual_seed(0))
         gate.begin_step(STEP, TOTAL_STEPS)
         calls[name] = gate_call(gate, inp, grad_N)
+        if name in DEEPSPEED:
+            try:
+                calls[DEEPSPEED[name]] = deepspeed_call(gate, inp.x_TD)
+            except ImportError as error:
+                print(f"no {DEEPSPEED[name]}: {error}", file=sys.stderr)
         if name == "topk":
             (weight_ED,) = gate.parameters()
             calls[BARE] = bare_call(weight_ED.detach().clone().requires_grad_(), inp.x_TD, k, grad_N)
@@ -166,13 +196,18 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--give-memory-back", action="store_true", help="leave the C library's malloc as it is")
     parser.add_argument("--json", type=Path, help="write the result here as one JSON object")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     torch.set_num_threads(1)
+    kept = not args.give_memory_back and keep_freed_memory()
     took = measure(calls_for(args.tokens, args.dim, args.experts, args.k), args.rounds)
-    print(f"T={args.tokens} D={args.dim} E={args.experts} k={args.k}, {args.rounds} rounds, one thread")
+    print(
+        f"T={args.tokens} D={args.dim} E={args.experts} k={args.k}, {args.rounds} rounds, one thread,"
+        f" freed memory {'kept' if kept else 'given back as the C library likes'}"
+    )
     print(f"{'gate':<22} {'ms (10%-90%)':>24} {'of topk':>8} {'of bare':>8} {'of Mixtral':>10}")
     rows = []
     for name, own in sorted(took.items(), key=lambda item: statistics.median(item[1])):
@@ -192,6 +227,7 @@ def main() -> int:
             checks.append({"gate": name, "base": base, "expected": most, "observed": observed})
     if args.json:
         sizes = {key: getattr(args, key) for key in ("tokens", "dim", "experts", "k", "rounds")}
+        sizes["freed_memory_kept"] = kept
         head = {"machine": platform.machine(), "torch": torch.__version__, **sizes}
         args.json.write_text(json.dumps({**head, "rows": rows, "targets": checks}) + "\n", encoding="utf-8")
     return 0 if all(check["observed"] <= check["expected"] for check in checks) else 1

@@ -17,6 +17,7 @@ from gates import Gate, GateInput, Mode
 from launch.config_file import load_config
 from launch.data import EvalWindows, prepare_data
 from launch.gate_comparison.results import GateResult
+from launch.memory import keep_freed_memory
 from launch.run_dir import CONFIG_FILE, MODEL_FOLDER
 from moe.checkpoint import load_model
 from moe.transformer import ForwardContext
@@ -43,6 +44,7 @@ def measure_gates(gates: Sequence[GateResult], rounds: int = ROUNDS) -> dict[str
     """Time the gates of every first finished run, on validation text. By label."""
     calls = {gate.label: _capture(gate) for gate in gates}
     seconds: dict[str, list[float]] = {label: [] for label in calls}
+    keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
