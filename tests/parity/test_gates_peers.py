@@ -25,8 +25,8 @@ def library(module: str, package: str) -> ModuleType:
     return found
 
 
-def make_gate(**options: Any) -> TopKGate:
-    gate = build_gate({"name": "topk", **options}, D, E)
+def make_gate(name: str = "topk", **options: Any) -> TopKGate:
+    gate = build_gate({"name": name, **options}, D, E)
     assert isinstance(gate, TopKGate)
     with torch.no_grad():
         gate.weight.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(0)) * 0.4)
@@ -136,6 +136,34 @@ class TestMegatron:
         assert out.aux["balance"].item() == pytest.approx(balance.item(), rel=1e-5)
         assert out.aux["z"].item() == pytest.approx(peer.z_loss_func(out.logits_TE, 1.0).item(), rel=1e-5)
 
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_sinkhorn(self, k: int) -> None:
+        """As its router does: choose by the balanced scores, weigh by sigmoid (one expert) or softmax of the logits."""
+        gate = build_gate({"name": "sinkhorn", "k": k, "iterations": 1000, "tolerance": 1e-6}, D, E)
+        (weight_ED,) = gate.parameters()
+        with torch.no_grad():
+            weight_ED.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(0)))
+        out = gate(GateInput(make_tokens(), mode=Mode.TRAIN))
+        logits_TE = out.logits_TE.detach()
+        balanced_TE = self.peer().sinkhorn(logits_TE.double(), tol=1e-6)  # its loop never ends for much less
+        expert_TK = balanced_TE.topk(k).indices
+        weights_TE = logits_TE.sigmoid() if k == 1 else logits_TE.softmax(-1)
+        same(out, dense(expert_TK, weights_TE.gather(1, expert_TK)))
+        plain_TK = logits_TE.topk(k).indices
+        assert (plain_TK != expert_TK).float().mean() > 0.1  # balancing has changed the choice
+
+    def test_bias_update(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        peer = self.peer()
+        monkeypatch.setattr(peer.parallel_state, "get_tensor_and_data_parallel_group", lambda **_: None)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+        gate = make_gate("deepseek_v3", k=3)
+        assert gate.selection_bias is not None
+        gate.selection_bias.copy_(torch.linspace(-0.2, 0.2, E))
+        out = gate(GateInput(make_tokens(), mode=Mode.TRAIN))
+        theirs_E = peer.get_updated_expert_bias(out.plan.offered_E.float(), gate.selection_bias.clone(), 1e-3)
+        gate.end_step(out.plan.offered_E, {})
+        torch.testing.assert_close(gate.selection_bias, theirs_E)
+
 
 class TestDeepSpeed:
     def peer(self) -> ModuleType:
@@ -159,6 +187,25 @@ class TestDeepSpeed:
         same(out, weight_TEC.sum(-1))
         first_E = torch.bincount(logits_TE.argmax(-1), minlength=E)
         assert loss.item() == pytest.approx(balance_loss(logits_TE.softmax(-1), first_E).item(), rel=1e-5)
+
+    def test_gshard(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        peer = self.peer()
+        uniform_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(4))
+        monkeypatch.setattr(peer, "gumbel_rsample", lambda shape, device: -(-uniform_TE.log()).log())
+        gate = make_gate("gshard")
+        out = gate(GateInput(make_tokens(), mode=Mode.TRAIN, rng=torch.Generator().manual_seed(4)))
+        assert int(out.plan.dropped) > 0
+        loss, weight_TEC, _, _ = peer.top2gating(out.logits_TE.detach().clone(), 1.0, 1)
+        same(out, weight_TEC.sum(-1))
+
+    def test_switch(self) -> None:
+        """Without jitter and with tokens in order of their position, as the paper has it."""
+        out = make_gate("switch", jitter=0.0)(GateInput(make_tokens(), mode=Mode.TRAIN))
+        loss, weight_TEC, _, counts_E = self.peer().top1gating(out.logits_TE.detach(), 1.25, 1, use_rts=False)
+        assert out.plan.offered_E.tolist() == counts_E.tolist()
+        assert out.aux["balance"].item() == pytest.approx(loss.item(), rel=1e-5)
+        kept_E = (weight_TEC.sum(-1) > 0).sum(0)
+        assert out.plan.load_E.tolist() == kept_E.tolist()
 
     @pytest.mark.parametrize("policy", ["probs", "position"])
     def test_topk(self, policy: str) -> None:
