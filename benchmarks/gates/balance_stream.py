@@ -1,6 +1,6 @@
 """How even loads get on a skewed stream of tokens, without training: biases, quantiles, potentials, thresholds (R8).
 
-    OMP_NUM_THREADS=1 python benchmarks/gates/balance_stream.py --json balance.json
+    OMP_NUM_THREADS=1 python benchmarks/gates/balance_stream.py --json balance.json --plot balance.png
 
 Tokens are Gaussian around a mean that favours some experts, the gate is the identity and is not trained; only what a
 gate moves by itself does. Imbalance is max / mean load of the ``--tail`` last steps added up, since with few tokens a
@@ -25,6 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch
 from torch import Tensor
 
+from benchmarks.gates import plots
 from gates import Gate, GateInput, Mode, build_gate
 from gates.metrics import agreement, imbalance
 
@@ -69,17 +70,26 @@ def identity_gate(config: dict[str, Any], num_experts: int) -> Gate:
 
 
 @torch.no_grad()
-def follow(config: dict[str, Any], stream: Stream, steps: int, tail: int) -> dict[str, float]:
-    """Imbalance of the first step and of the last ones together; the same served token by token, and the agreement."""
+def follow(config: dict[str, Any], stream: Stream, steps: int, tail: int) -> dict[str, Any]:
+    """Imbalance of the first step and of the last ones together; the same served token by token, and the agreement.
+
+    ``windows`` are the imbalances of all stretches of ``tail`` steps, the last of them the last one's.
+    """
     gate = identity_gate(config, stream.shape[1])
     served = gate.causal_surrogate()
-    first, alike = 0.0, []
+    first, alike, windows = 0.0, [], []
+    window_E = torch.zeros(stream.shape[1], dtype=torch.int64)
     total_E, served_E = (torch.zeros(stream.shape[1], dtype=torch.int64) for _ in range(2))
     for step in range(steps):
         x_TE = stream.draw()
         out = gate(GateInput(x_TE, mode=Mode.TRAIN, step=step))
         if step == 0:
             first = float(imbalance(out.plan.offered_E))
+        window_E += out.plan.offered_E
+        if (steps - 1 - step) % tail == 0:
+            if step + 1 >= tail:  # what the stretches leave over at the beginning is no full one
+                windows.append(float(imbalance(window_E)))
+            window_E.zero_()
         if step >= steps - tail:
             total_E += out.plan.offered_E
             if served is not None and served is not gate:
@@ -87,7 +97,7 @@ def follow(config: dict[str, Any], stream: Stream, steps: int, tail: int) -> dic
                 served_E += alone.load_E
                 alike.append(float(agreement(out.plan, alone)))
         gate.end_step(out.plan.offered_E, out.signals)
-    found = {"first": first, "last": float(imbalance(total_E))}
+    found: dict[str, Any] = {"first": first, "last": float(imbalance(total_E)), "windows": windows}
     if alike:
         found |= {"served": float(imbalance(served_E)), "agreement": statistics.mean(alike)}
     return found
@@ -100,6 +110,24 @@ def chance(num_tokens: int, num_experts: int, k: float, tail: int, seed: int) ->
     return float(imbalance(torch.bincount(drawn, minlength=num_experts)))
 
 
+def draw_plot(rows: list[dict[str, Any]], tail: int, even: float, path: Path) -> None:
+    """Imbalance of each stretch of ``tail`` batches: medians over the seeds, and what even draws give."""
+    figure, (axes,) = plots.panels(1, width=6.0, height=3.4)
+    for index, row in enumerate(rows):
+        by_window = [statistics.median(own) for own in zip(*(run["windows"] for run in row["runs"]), strict=True)]
+        size = min(tail, row["steps"])
+        at = [row["steps"] - size * (len(by_window) - 1 - window) for window in range(len(by_window))]
+        axes.plot(at, by_window, marker=plots.MARKERS[index], markersize=3, linewidth=1, label=row["gate"])
+    axes.axhline(even, color="k", linestyle=":", linewidth=1, label="even draws")
+    axes.set_yscale("log")
+    axes.set_yticks(ticks := [1, 1.1, 1.25, 1.5, 2, 3, 4], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("batches so far", fontsize=9)
+    axes.set_ylabel(f"max / mean load of {tail} batches", fontsize=9)
+    figure.legend(fontsize=8, loc="outside right upper")
+    plots.save(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
@@ -110,6 +138,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gates", nargs="*", default=list(GATES), choices=list(GATES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     even = chance(args.tokens, args.experts, 2, args.tail, 0)
@@ -135,8 +164,10 @@ def main() -> int:
         rows.append({"gate": name, "steps": steps, "runs": runs})
     if args.json:
         head = {"machine": platform.machine(), "torch": torch.__version__, "target_met": met, "chance": even}
-        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates")}
+        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates", "plot")}
         args.json.write_text(json.dumps({**head, **options, "rows": rows}) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_plot(rows, args.tail, even, args.plot)
     return 0 if met else 1
 
 

@@ -1,6 +1,6 @@
 """Tokens that no expert takes: expert choice against cardinality-constrained transport by experts (experiment R5).
 
-    OMP_NUM_THREADS=1 python benchmarks/gates/coverage.py --json coverage.json
+    OMP_NUM_THREADS=1 python benchmarks/gates/coverage.py --json coverage.json --plot coverage.png
 
 Both let each expert take at most C = capacity_factor * T / E of T tokens, by softmax of standard normal logits that
 are drawn anew for each seed. The transport plan (gamma 1) must give every token its share, so that it covers those
@@ -26,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch
 from torch import Tensor
 
+from benchmarks.gates import plots
 from gates.base import GateInput, Mode
 from gates.plan import RoutingPlan
 from gates.registry import build_gate
@@ -76,6 +77,23 @@ def measure(num_tokens: int, num_experts: int, factors: list[float], seeds: int)
     return rows
 
 
+def draw_plot(rows: list[dict[str, Any]], num_tokens: int, path: Path) -> None:
+    """Uncovered tokens against the capacity factor: medians, and bars from the least to the most of the seeds."""
+    figure, (axes,) = plots.panels(1, width=5.0)
+    for index, name in enumerate(GATES):
+        own = [row for row in rows if row["gate"] == name]
+        middle = [row["median"] for row in own]
+        # Side by side: bars of several gates at one factor would hide each other.
+        at = [row["capacity_factor"] + 0.015 * (index - 1.5) for row in own]
+        low = [row["median"] - min(row["uncovered"]) for row in own]
+        high = [max(row["uncovered"]) - row["median"] for row in own]
+        axes.errorbar(at, middle, yerr=[low, high], marker=plots.MARKERS[index], markersize=4, capsize=2, label=name)
+    axes.set_xlabel("capacity factor (mean experts per token)", fontsize=9)
+    axes.set_ylabel(f"uncovered tokens of {num_tokens}", fontsize=9)
+    axes.legend(fontsize=8)
+    plots.save(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=128)
@@ -83,6 +101,7 @@ def main() -> int:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the result here as one JSON object")
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
@@ -105,6 +124,8 @@ def main() -> int:
         head = {"machine": platform.machine(), "torch": torch.__version__, "seeds": args.seeds, "target_met": met}
         sizes = {"tokens": args.tokens, "experts": args.experts}
         args.json.write_text(json.dumps({**head, **sizes, "rows": rows}) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_plot(rows, args.tokens, args.plot)
     return 0 if met else 1
 
 

@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("--active", type=int, default=3, help="mean atoms and mean features of a token")
     parser.add_argument("--zipf", type=float, default=0.5, help="how fast atoms get rare; 0: all alike")
     parser.add_argument("--noise", type=float, default=0.1, help="length of the noise on a token")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=256, help="tokens of a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of Adam")
     parser.add_argument("--seeds", type=int, default=3)

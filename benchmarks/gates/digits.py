@@ -1,6 +1,6 @@
 """Every gate on handwritten digits: loss, accuracy, experts per sample and how many stay alive (experiment R7).
 
-    OMP_NUM_THREADS=1 python benchmarks/gates/digits.py --experts 8 --seeds 3 --json digits.json
+    OMP_NUM_THREADS=1 python benchmarks/gates/digits.py --experts 8 --seeds 3 --json digits.json --plot digits.png
 
 scikit-learn's 1,797 digits of 8 x 8 pixels, 70 % to train on. Experts are 64-8-10 perceptrons whose outputs the gate
 weighs; Adam at 3e-3, batches of 128, 40 epochs. Too easy to rank gates by accuracy: look at experts per sample after 5
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.gates import plots
 from gates import Gate, GateInput, Mode, RoutingPlan, build_gate
 
 HIDDEN, CLASSES = 8, 10
@@ -171,6 +172,19 @@ def measure(model: Model, test: Data) -> tuple[float, float, float, float]:
     return nats, accuracy, float(visits_TE.float().sum(1).mean()), float((visits_TE.float().mean(0) > 0.01).sum())
 
 
+def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Cross-entropy, experts per sample and live experts, a dot per seed."""
+    figure, axes = plots.panels(3, height=0.8 + 0.19 * len(rows), width=3.2, share_y=True)
+    labels = {"cross_entropy": "test loss (nats)", "experts_end": "experts per sample", "live": "live experts"}
+    for one, (key, label) in zip(axes, labels.items(), strict=True):
+        plots.dots(one, {row["gate"]: [run[key] for run in row["runs"]] for row in rows}, label)
+        one.set_xlabel(label, fontsize=9)
+    axes[0].set_xscale("log")  # from 0.1 to above 1
+    axes[0].set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2], [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    plots.save(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
@@ -178,6 +192,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--gates", nargs="*", default=list(GATES), choices=list(GATES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{args.experts} experts, {args.seeds} seeds, {args.epochs} epochs; mean (spread) over seeds")
@@ -196,8 +211,10 @@ def main() -> int:
         rows.append({"gate": name, "config": GATES[name], "mean": mean, "runs": runs})
     if args.json:
         head = {"machine": platform.machine(), "torch": torch.__version__}
-        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates")}
+        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates", "plot")}
         args.json.write_text(json.dumps({**head, **options, "rows": rows}) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_plot(rows, args.plot)
     return 0
 
 

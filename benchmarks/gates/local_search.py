@@ -1,6 +1,6 @@
 """Does local search find the experts that a gate was matched with wrongly? A planted permutation (experiment R10).
 
-    OMP_NUM_THREADS=1 python benchmarks/gates/local_search.py --json local_search.json
+    OMP_NUM_THREADS=1 python benchmarks/gates/local_search.py --json local_search.json --plot local_search.png
 
 Tokens come from E clusters; the right answer for a token of cluster c is a linear map of its own, which one expert
 knows already (experts are trained before, and frozen). The gate tells clusters apart from the start, but sends each to
@@ -27,6 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch
 from torch import Tensor
 
+from benchmarks.gates import plots
 from gates import Gate, GateInput, Mode, build_gate
 from gates.local_search import LocalSearchGate
 
@@ -121,6 +122,17 @@ def mix(planted: Planted, x_TD: Tensor, weight_TE: Tensor) -> Tensor:
     return torch.einsum("te,td,edo->to", weight_TE, x_TD, planted.expert_EDD)
 
 
+def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Error and clusters matched, a dot per seed."""
+    figure, axes = plots.panels(2, height=2.4, width=3.6, share_y=True)
+    labels = {"error": "squared error / squared answer", "matched": "clusters matched (share)"}
+    for one, (key, label) in zip(axes, labels.items(), strict=True):
+        plots.dots(one, {row["gate"]: [run[key] for run in row["runs"]] for row in rows}, label)
+        one.set_xlabel(label, fontsize=9)
+        one.set_xlim(left=-0.05)
+    plots.save(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
@@ -131,6 +143,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--gates", nargs="*", default=list(GATES), choices=list(GATES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{args.experts} experts, {args.seeds} seeds, {args.steps} steps; mean (least to most)")
@@ -150,8 +163,10 @@ def main() -> int:
         rows.append({"gate": name, "config": GATES[name], "runs": runs})
     if args.json:
         head = {"machine": platform.machine(), "torch": torch.__version__}
-        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates")}
+        options = {key: value for key, value in vars(args).items() if key not in ("json", "gates", "plot")}
         args.json.write_text(json.dumps({**head, **options, "rows": rows}) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_plot(rows, args.plot)
     return 0
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.gates import gaussian_moe as gm
+from benchmarks.gates import plots
 from benchmarks.gates.gaussian_moe import GateSpec, Mixture
 
 # [S], the authors' experiment: one input, uniform on [0, 1].
@@ -262,19 +263,20 @@ def show(design: Design) -> list[dict[str, Any]]:
 
 def draw_plot(designs: list[Design], path: Path) -> None:
     """Median errors against n, one panel for each design, with a dotted line of slope -1/2 to compare."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 * len(designs), 3.2), layout="constrained")
-    for panel, design in enumerate(designs):
-        axes = figure.add_subplot(1, len(designs), panel + 1)
-        for name, error in design.series.items():
+    figure, panels = plots.panels(len(designs), height=3.4)
+    for panel, (axes, design) in enumerate(zip(panels, designs, strict=True)):
+        for index, (name, error) in enumerate(design.series.items()):
             slope = fit_rate(design.sizes, np.array(error), draws=1)[0]
-            axes.loglog(design.sizes, np.median(error, axis=1), marker=".", label=f"{name} ({slope:.2f})")
+            style: dict[str, Any] = {"marker": plots.MARKERS[index], "markersize": 3, "linewidth": 1}
+            axes.loglog(design.sizes, np.median(error, axis=1), **style, label=f"{name} ({slope:.2f})")
         first, ends = np.median(next(iter(design.series.values()))[0]), np.array(design.sizes)[[0, -1]]
-        axes.loglog(ends, first * (ends / ends[0]) ** -0.5, "k:", label="(-0.50)")
-        axes.set(title=design.title, xlabel="n", ylabel="" if panel else "median error")
-        axes.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+        axes.loglog(ends, first * (ends / ends[0]) ** -0.5, "k:", label="slope -0.50")
+        axes.set_title(design.title, fontsize=9)
+        axes.set_xlabel("n (samples)", fontsize=9)
+        axes.set_ylabel("" if panel else "median error", fontsize=9)
+        # Below the panel: curves fill it, and no corner stays free in all designs.
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    plots.save(figure, path)
 
 
 EXPERIMENTS: dict[str, Callable[[bool], list[Design]]] = {"R1": r1, "R2": r2, "R3": r3, "R4": r4}

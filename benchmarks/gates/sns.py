@@ -1,6 +1,6 @@
 """Sinkhorn-Newton-Sparse against Sinkhorn in the log domain, on random assignment problems (experiment R6).
 
-    OMP_NUM_THREADS=1 python benchmarks/gates/sns.py --json sns.json
+    OMP_NUM_THREADS=1 python benchmarks/gates/sns.py --json sns.json --plot sns.png
 
 Costs are uniform on [0, 1], marginals 1/n; each method runs in fp64 until rows and columns are off by at most 1e-10
 (L1, as a share of the mass). Every repeat draws a new problem and runs all methods on it, in an order that rotates. A
@@ -32,6 +32,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch
 from torch import Tensor
 
+from benchmarks.gates import plots
 from gates.solvers.entropic import schur_newton, sinkhorn_log
 from gates.solvers.sns import sinkhorn_newton_sparse
 
@@ -144,6 +145,50 @@ def table(runs: dict[tuple[str, float], list[Run]]) -> list[dict[str, Any]]:
     return rows
 
 
+# The same solvers, stopped after so many of their own steps.
+STOPPED: dict[str, Callable[[Tensor, float, int], float]] = {
+    BASELINE: lambda score_NN, eta, steps: (
+        sinkhorn_log(score_NN, eta, max_iterations=steps, tolerance=TOLERANCE).marginal_error
+    ),
+    SNS: lambda score_NN, eta, steps: (
+        sinkhorn_newton_sparse(score_NN, eta, max_newton_steps=steps, tolerance=TOLERANCE).marginal_error
+    ),
+    "schur_newton": lambda score_NN, eta, steps: (
+        schur_newton(score_NN, eta, max_iterations=steps, tolerance=TOLERANCE).marginal_error
+    ),
+}
+
+
+def follow(name: str, score_NN: Tensor, eta: float, cap: float) -> tuple[list[float], list[float]]:
+    """Seconds and errors of runs that are stopped ever later; a solver cannot be watched without slowing it down."""
+    seconds, errors, steps = [], [], 1
+    while True:
+        begin = time.perf_counter()
+        errors.append(STOPPED[name](score_NN, eta, steps))
+        seconds.append(time.perf_counter() - begin)
+        if errors[-1] <= 1.1 * TOLERANCE or 2 * seconds[-1] > cap or steps > 10**6:
+            return seconds, errors
+        # Newton's steps are few, and the last ones gain most.
+        steps = 2 * steps if name == BASELINE else max(steps + 1, round(1.3 * steps))
+
+
+def draw_plot(n: int, etas: list[float], cap: float, path: Path) -> None:
+    """L1 marginal error against seconds on one problem, a panel for each eta."""
+    figure, axes = plots.panels(len(etas), share_y=True)
+    score_NN = -torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for one, eta in zip(axes, etas, strict=True):
+        for index, name in enumerate(STOPPED):
+            seconds, errors = follow(name, score_NN, eta, cap)
+            style = {"marker": plots.MARKERS[index], "markersize": 3, "linewidth": 1, "label": name}
+            one.loglog(seconds, [max(error, 1e-17) for error in errors], **style)
+        one.axhline(TOLERANCE, color="k", linestyle=":", linewidth=1, label="asked")
+        one.set_title(f"eta = {eta:g}", fontsize=9)
+        one.set_xlabel("time (s)", fontsize=9)
+    axes[0].set_ylabel("marginal error (share of the mass)", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=4)
+    plots.save(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=500)
@@ -151,6 +196,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="problems, each run by every method")
     parser.add_argument("--cap", type=float, default=15.0, help="seconds after which a kind of Sinkhorn gives up")
     parser.add_argument("--json", type=Path, help="write the result here as one JSON object")
+    parser.add_argument("--plot", type=Path, help="write a PNG here; takes further runs, up to three caps more per eta")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
@@ -164,6 +210,8 @@ def main() -> int:
         machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
         head = {**machine, "threads": torch.get_num_threads(), "n": args.n, "cap_s": args.cap, "target_met": met}
         args.json.write_text(json.dumps({**head, "rows": rows}) + "\n", encoding="utf-8")
+    if args.plot:
+        draw_plot(args.n, args.etas, args.cap, args.plot)
     return 1 if met is False else 0
 
 
