@@ -6,6 +6,7 @@ those of Okabe and Ito (2008), which colour-blind readers tell apart, without th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def panels(count: int, height: float = HEIGHT, width: float = WIDTH, share_y: bo
         one.set_prop_cycle(color=COLOURS)
         one.grid(True, color="#d9d9d9", linewidth=0.6)
         one.set_axisbelow(True)
-        one.tick_params(labelsize=8)
+        one.tick_params(which="both", labelsize=8)
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -46,6 +47,15 @@ def dots(axes: Any, values: Mapping[str, Sequence[float]], label: str, row: floa
             axes.plot([sum(own) / len(own)], [line + row], "|", markersize=10, color=COLOURS[colour])
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def whole_decades(axes: Any) -> None:
+    """Let a logarithmic x axis span whole powers of ten, and label these alone: what lies between would overlap."""
+    from matplotlib.ticker import NullFormatter
+
+    low, high = (math.log10(end) for end in axes.get_xlim())
+    axes.set_xlim(10.0 ** math.floor(low), 10.0 ** math.ceil(high))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, path: Path) -> None:
