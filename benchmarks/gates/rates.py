@@ -273,6 +273,7 @@ def draw_plot(designs: list[Design], path: Path) -> None:
         axes.loglog(ends, first * (ends / ends[0]) ** -0.5, "k:", label="slope -0.50")
         axes.set_title(design.title, fontsize=9)
         axes.set_xlabel("n (samples)", fontsize=9)
+        plots.whole_decades(axes)
         axes.set_ylabel("" if panel else "median error", fontsize=9)
         # Below the panel: curves fill it, and no corner stays free in all designs.
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
