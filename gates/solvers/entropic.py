@@ -222,7 +222,8 @@ def schur_newton(
         gradient_E = problem.column_E - plan_TE.sum(0)
         if float(gradient_E.abs().sum()) <= allowed:
             break
-        step_E = _newton_step(plan_TE, gradient_E, problem)
+        share = float(gradient_E.abs().sum()) / problem.mass
+        step_E = laplacian_step(plan_TE, problem.row_T, gradient_E, share)
         rounding = 16 * torch.finfo(v_E.dtype).eps * (1 + float(problem.row_T @ lse_T.abs()))
         found = backtrack(
             lambda v_E: _semi_dual(problem, v_E), v_E, step_E, value, float(gradient_E @ step_E), rounding
@@ -250,18 +251,23 @@ def _semi_dual(problem: Problem, v_E: Tensor) -> Evaluation:
     return float(problem.column_E @ v_E - problem.row_T @ lse_T), plan_TE, lse_T
 
 
-def _newton_step(plan_TE: Tensor, gradient_E: Tensor, problem: Problem) -> Tensor:
-    """(E,) solution of (Laplacian + damping) step = gradient, whose last entry is 0."""
-    weight_EE = plan_TE.t() @ (plan_TE / problem.row_T[:, None])
+def laplacian_step(plan_TE: Tensor, row_T: Tensor, right_E: Tensor, share: float) -> Tensor:
+    """(E,) solution of (diag(P^T 1) - P^T diag(1/row) P + damping) step = right, whose last entry is 0.
+
+    Args:
+        row_T: the plan's row sums.
+        share: marginal error as a share of the mass, by which damping dies out.
+    """
+    weight_EE = plan_TE.t() @ (plan_TE / row_T[:, None])
     # The diagonal from the weights, not P^T 1 less the weight's own: near a vertex of the polytope that cancels.
     weight_EE.fill_diagonal_(0)
-    share, scale = float(gradient_E.abs().sum()) / problem.mass, problem.mass / gradient_E.numel()
+    scale = float(row_T.sum()) / right_E.numel()
     # Damping dies out with the gradient, but for what a factorisation needs where the plan all but falls into blocks.
     number = torch.finfo(plan_TE.dtype)
     diagonal_E = weight_EE.sum(1) * (1 + 50 * number.eps) + 1e-2 * scale * share**2 + number.tiny
     # Constant vectors are in the kernel, hence one column less. Adding a multiple of 1 1^T would drown small weights.
     factor_EE, failed = torch.linalg.cholesky_ex((torch.diag(diagonal_E) - weight_EE)[:-1, :-1])
     if int(failed):
-        return gradient_E / scale
-    step_E = torch.cholesky_solve(gradient_E[:-1, None], factor_EE)[:, 0]
+        return right_E / scale
+    step_E = torch.cholesky_solve(right_E[:-1, None], factor_EE)[:, 0]
     return torch.cat([step_E, step_E.new_zeros(1)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gates.solvers.entropic import dual_objective, schur_newton
-from gates.solvers.sns import conjugate_gradients, sinkhorn_newton_sparse, sparsify
+from gates.solvers.sns import conjugate_gradients, exact_step, sinkhorn_newton_sparse, sparsify
 
 pytestmark = pytest.mark.unit
 
@@ -73,6 +73,16 @@ class TestAgainstOthers:
         theirs = schur_newton(score_TE, 100.0, row_T, column_E, tolerance=1e-12)
         torch.testing.assert_close(ours.row_potential_T, theirs.row_potential_T, atol=1e-7, rtol=0)
         torch.testing.assert_close(ours.column_potential_E, theirs.column_potential_E, atol=1e-7, rtol=0)
+
+    def test_a_plan_that_all_but_falls_into_blocks(self) -> None:
+        """Conjugate gradients gave up at every step here: all 126 of them, and of others the last was not enough."""
+        score_TE = problem(3, 100, 100)[0]
+        ours = sinkhorn_newton_sparse(score_TE, 1200.0)
+        assert ours.marginal_error < 1.1e-10
+        assert ours.cg_iterations >= 1000  # else it is no such problem any more
+        assert ours.newton_steps < 60
+        theirs = schur_newton(score_TE, 1200.0, tolerance=1e-12)
+        torch.testing.assert_close(ours.log_plan_TE.exp(), theirs.log_plan_TE.exp(), atol=1e-10, rtol=0)
 
 
 class TestProperties:
@@ -140,6 +150,14 @@ class TestSystem:
         plan_TE = (score_TE + z_V[:5, None] + z_V[5:]).exp()
         ours_VV = sparsify(plan_TE, torch.cat([plan_TE.sum(1), plan_TE.sum(0)]), keep=20).matrix_VV.to_dense()
         torch.testing.assert_close(ours_VV, -torch.autograd.functional.hessian(objective, z_V))
+
+    def test_exact_steps_solve_the_whole_hessian(self) -> None:
+        plan_TE = problem()[0].neg()
+        sums_V = torch.cat([plan_TE.sum(1), plan_TE.sum(0)])
+        hessian_VV = sparsify(plan_TE, sums_V, keep=plan_TE.numel()).matrix_VV
+        right_V = torch.mv(hessian_VV, torch.linspace(-1, 1, 50, dtype=torch.float64))
+        step_V = exact_step(plan_TE, sums_V, right_V, share=0.0)
+        torch.testing.assert_close(torch.mv(hessian_VV, step_V), right_V)
 
     def test_conjugate_gradients(self) -> None:
         plan_TE = problem()[0].neg()
