@@ -58,14 +58,24 @@ GATES: dict[str, dict[str, Any] | None] = {
     "sinkhorn": {"name": "sinkhorn", "k": 2},
     "base": {"name": "base", "mix_identity": False},
 }
-# Cross-entropy, accuracy, experts at epoch 5 -> end, live experts; for 8 experts (gates.md of the design notes).
-EXPECTED = {
-    "dense softmax": ".133 / .957 / 8 -> 8 / 8",
-    "topk": ".155 / .960 / 2 / 4.7",
-    "topk + balance": ".138 / .959 / 2 / 8",
-    "hash": ".495 / .859 / 1 / 8",
-    "comet, no balance": ".185 / .956 / 2.0 -> 2.0 / 2.3",
-    "comet, gamma 0.1": "(no balance) .160 / .953 / 1.7 -> 1.7 / 1.7",
+# By number of experts: cross-entropy, accuracy, experts at epoch 5 -> end, live experts (gates.md of the design notes).
+EXPECTED: dict[int, dict[str, str]] = {
+    8: {
+        "dense softmax": ".133 / .957 / 8 -> 8 / 8",
+        "topk": ".155 / .960 / 2 / 4.7",
+        "topk + balance": ".138 / .959 / 2 / 8",
+        "hash": ".495 / .859 / 1 / 8",
+        "comet, no balance": ".185 / .956 / 2.0 -> 2.0 / 2.3",
+        "comet, gamma 0.1": "(no balance) .160 / .953 / 1.7 -> 1.7 / 1.7",
+    },
+    6: {
+        "dense softmax": ".136 / .961 / 6 -> 6 / 6",
+        "topk": ".133 / .964 / 2 / 4.7",
+        "topk + balance": ".144 / .960 / 2 / 6",
+        "hash": ".408 / .877 / 1 / 6",
+        "comet, no balance": ".181 / .948 / 1.3 -> 1.3 / 1.3",
+        "comet, gamma 0.1": "(no balance) .181 / .947 / 1.3 / 1.3",
+    },
 }
 
 
@@ -205,7 +215,7 @@ def main() -> int:
         print(
             f"{name:22s} {mean['cross_entropy']:6.3f} ({min(losses):.3f}-{max(losses):.3f}) {mean['accuracy']:8.3f}"
             f" {mean['experts_epoch_5']:8.2f} -> {mean['experts_end']:5.2f} {mean['live']:5.1f} {mean['seconds']:5.1f}"
-            f"  {EXPECTED.get(name, '') if args.experts == 8 else ''}",
+            f"  {EXPECTED.get(args.experts, {}).get(name, '')}",
             flush=True,
         )
         rows.append({"gate": name, "config": GATES[name], "mean": mean, "runs": runs})

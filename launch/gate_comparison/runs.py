@@ -77,6 +77,8 @@ def plan_runs(base: TrainConfig, gates: Mapping[str, Mapping[str, Any]], seeds: 
     Raises:
         ConfigError: with these options, the config cannot be trained.
     """
+    if base.train.stop_after is not None:
+        raise ConfigError(["train.stop_after: a comparison trains to the end; train.steps makes it shorter"])
     planned, problems = [], []
     for number in range(seeds):
         for label, options in gates.items():

@@ -119,6 +119,11 @@ def test_problems_of_all_gates_come_at_once(tmp_path: Path) -> None:
     assert "k" in str(caught.value)
 
 
+def test_runs_that_would_stop_early_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.stop_after: a comparison trains to the end"):
+        plan_runs(config(train__stop_after=3), {"topk": {"name": "topk"}}, 1, tmp_path)
+
+
 def test_runs_of_other_options_are_not_mixed_with_these(tmp_path: Path) -> None:
     base = config(model__vocab_size=None)
     gates = choose_variants(base, LABELS).gates
