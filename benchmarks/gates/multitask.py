@@ -167,11 +167,17 @@ def train(data: TaskSet, trial: Trial, seed: int, epochs: int, experts: int) -> 
 
 @torch.no_grad()
 def measure(model: Model, data: TaskSet, part: Part) -> dict[str, float]:
-    """Loss over all tasks; each task's own measure (AUC, mean square, accuracy); experts per example."""
+    """Loss over all tasks; each task's own measure (AUC, mean square, accuracy); experts per example.
+
+    Raises:
+        FloatingPointError: training diverged, and the loss or a gate's scores are no numbers.
+    """
     from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
     outputs, routing = model(part, Mode.PREFILL)
     found = {"loss": float(total_loss(data.tasks, outputs, part))}
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(f"{data.name}: the loss is {found['loss']}")
     for n, (task, out_TW) in enumerate(zip(data.tasks, outputs, strict=True)):
         target_T, counts_T = part.target_TN[:, n], part.mask_TN[:, n] > 0
         if task.kind == "binary":
@@ -185,6 +191,14 @@ def measure(model: Model, data: TaskSet, part: Part) -> dict[str, float]:
     return found
 
 
+def validate(data: TaskSet, trial: Trial, epochs: int, experts: int) -> float | None:
+    """Validation loss of one draw; None where training diverged, which is a bad draw and no reason to stop."""
+    try:
+        return measure(train(data, trial, 0, epochs, experts), data, data.valid)["loss"]
+    except FloatingPointError:
+        return None
+
+
 def compare(
     data: TaskSet, names: list[str], trials: int, seeds: int, epochs: int, experts: int
 ) -> list[dict[str, Any]]:
@@ -194,8 +208,11 @@ def compare(
         begin = time.perf_counter()
         drawn = draw_trials(name, trials)
         # Seed 0 chooses, the others report: no test result is of a run that was chosen for its luck.
-        losses = [measure(train(data, trial, 0, epochs, experts), data, data.valid)["loss"] for trial in drawn]
-        best = min(range(trials), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        losses = [validate(data, trial, epochs, experts) for trial in drawn]
+        finished = [(loss, number) for number, loss in enumerate(losses) if loss is not None]
+        if not finished:
+            raise SystemExit(f"{name} on {data.name}: all {trials} trials diverged; draw more of them with --trials")
+        best = min(finished)[1]
         runs = [
             measure(train(data, drawn[best], seed, epochs, experts), data, data.test) for seed in range(1, seeds + 1)
         ]
@@ -211,9 +228,10 @@ def _line(row: dict[str, Any]) -> str:
     losses = [run["loss"] for run in runs]
     cells = [f"{row['gate']:22s} {statistics.fmean(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})"]
     cells += [f"{key} {statistics.fmean(run[key] for run in runs):.4f}" for key in runs[0] if key != "loss"]
-    return (
-        "  ".join(cells) + f"  trials {min(row['validation']):.3f}-{max(row['validation']):.3f}  {row['seconds']:.0f} s"
-    )
+    tried = [loss for loss in row["validation"] if loss is not None]
+    diverged = len(row["validation"]) - len(tried)
+    spread = f"trials {min(tried):.3f}-{max(tried):.3f}" + (f", {diverged} diverged" if diverged else "")
+    return "  ".join([*cells, spread, f"{row['seconds']:.0f} s"])
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -177,3 +177,20 @@ def test_results_are_of_seeds_that_chose_nothing(garments: Path, tmp_path: Path)
     content = (tmp_path / "plot.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) < 60_000
+
+
+@pytest.mark.parametrize("name", ["topk", "hash"])  # one whose scores become NaN, and one that has none
+def test_a_trial_that_diverges_is_not_chosen_and_stops_nothing(
+    films: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = load("multitask")
+    data = compare.load_movielens(films)
+    good = compare.draw_trials(name, 1)[0]
+    bad = good._replace(lr=float("inf"))
+    monkeypatch.setattr(compare, "draw_trials", lambda name, count: [bad, good])
+    (row,) = compare.compare(data, [name], trials=2, seeds=1, epochs=2, experts=4)
+    assert row["validation"] == [None, compare.measure(compare.train(data, good, 0, 2, 4), data, data.valid)["loss"]]
+    assert row["trial"] == good._asdict()
+    monkeypatch.setattr(compare, "draw_trials", lambda name, count: [bad])
+    with pytest.raises(SystemExit, match="all 1 trials diverged"):
+        compare.compare(data, [name], trials=1, seeds=1, epochs=2, experts=4)
