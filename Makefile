@@ -43,9 +43,9 @@ demo: install
 train: install
 	@$(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py --config launch/configs/$(RECIPE).yaml
 
-# Unit tests side by side; tests that start processes of their own one after another.
+# Side by side. Tests that start processes of their own spend much of their time waiting for them.
 test: install-dev lint types test-fast
-	@$(BIN)/python -m pytest -m "not unit"
+	@$(BIN)/python -m pytest -m "not unit" -n $(JOBS) --dist loadfile
 
 test-fast: install-dev
 	@$(BIN)/python -m pytest -m unit -n $(JOBS) -q

@@ -54,13 +54,17 @@ class Trial(NamedTuple):
 
 
 def draw_trials(name: str, count: int, seed: int = 0) -> list[Trial]:
-    """The same learning rates for every gate, and its own options by chance."""
-    lr_rng = np.random.default_rng([seed, 0])
-    rng = np.random.default_rng([seed, 1])
-    return [Trial(math.exp(lr_rng.uniform(math.log(1e-3), math.log(2e-2))), _options(name, rng)) for _ in range(count)]
+    """The same learning rates for every gate, and its own options by chance; the same for COMET with local search and
+    without."""
+    lr_rng, rng, search_rng = (np.random.default_rng([seed, stream]) for stream in range(3))
+    trials = []
+    for _ in range(count):
+        lr = math.exp(lr_rng.uniform(math.log(1e-3), math.log(2e-2)))
+        trials.append(Trial(lr, _options(name, rng, search_rng)))
+    return trials
 
 
-def _options(name: str, rng: np.random.Generator) -> dict[str, Any] | None:
+def _options(name: str, rng: np.random.Generator, search_rng: np.random.Generator) -> dict[str, Any] | None:
     if name == DENSE:
         return None
     if name == "hash":
@@ -74,7 +78,7 @@ def _options(name: str, rng: np.random.Generator) -> dict[str, Any] | None:
         "balance_coef": float(rng.choice([0.0, 0.01])),
     }
     if name == "comet + local search":
-        search = float(rng.choice([0.05, 0.1]))
+        search = float(search_rng.choice([0.05, 0.1]))
         return {"name": "local_search", "gate": {"name": "comet", **tree}, "search": search}
     return {"name": name, **tree}
 
