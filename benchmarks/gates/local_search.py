@@ -36,6 +36,7 @@ TOP1: dict[str, Any] = {"name": "topk", "k": 1, "renormalise": False, "balance_c
 GATES: dict[str, dict[str, Any]] = {
     "topk k=2": TOP2,
     "topk k=2, local search": {"name": "local_search", "gate": TOP2, "search": 0.5},
+    "topk k=2, local search (sinkhorn)": {"name": "local_search", "gate": TOP2, "search": 0.5, "solver": "sinkhorn"},
     "topk k=2, local search (paper)": {"name": "local_search", "gate": TOP2, "search": 0.5, "preset": "paper"},
     "topk k=1": TOP1,
     "topk k=1, local search": {"name": "local_search", "gate": TOP1, "search": 0.5},

@@ -358,10 +358,11 @@ def relaxed_of(gate: LocalSearchGate, x_TD: torch.Tensor) -> Array:
     return np.asarray(np.linalg.lstsq(inner, weights, rcond=None)[0])
 
 
+@pytest.mark.parametrize("solver", [{}, {"solver": "sinkhorn", "sinkhorn_start": 400, "sinkhorn_end": 400}])
 @pytest.mark.parametrize("num_experts", [2, 3, 5, 8, 16])
-def test_relaxed_permutation(num_experts: int) -> None:
+def test_relaxed_permutation(num_experts: int, solver: dict[str, Any]) -> None:
     inner = {"name": "topk", "k": 1, "renormalise": False}
-    gate = make_search(num_experts, inner, tau_start=0.5, sinkhorn_start=400, sinkhorn_end=400)
+    gate = make_search(num_experts, inner, tau_start=0.5, **solver)
     gate.begin_step(0)
     x_TD = make_tokens(200)
     p_EE = relaxed_of(gate, x_TD)
@@ -378,7 +379,7 @@ def test_relaxed_permutation(num_experts: int) -> None:
 
 
 def test_search_schedule() -> None:
-    gate = make_search(4, search=0.5, tau_start=0.1, tau_end=1e-3, sinkhorn_start=20, sinkhorn_end=150)
+    gate = make_search(4, search=0.5, tau_start=0.1, tau_end=1e-3)
     for step in (0, 1, 25, 49):
         gate.begin_step(step, 100)
         done = step / 50

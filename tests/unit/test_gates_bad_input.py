@@ -33,6 +33,7 @@ pytestmark = pytest.mark.unit
         ({"name": "relu", "max_k": 1}, 4, "max_k: 1 must be from k=2 to the 4 experts"),
         ({"name": "feature_choice", "beta": 0.0}, 4, "beta: ranks begin at 0, so it must be above 0"),
         ({"name": "local_search", "gate": {"name": "topk", "k": 9}}, 4, "gate.k: 9 experts per token"),
+        ({"name": "local_search", "sinkhorn_end": 9}, 4, "sinkhorn_end: has no effect with solver=newton"),
         ({"name": "local_search", "max_experts": 3}, 4, "max_experts: 4 experts would all be computed"),
         ({"name": "topk", "balance": "quantile", "k": 4}, 4, "balance: with k = E there is nothing to balance"),
         ({"name": "topk", "quantile_rate": 0.5}, 4, "quantile_rate: has no effect without balance=quantile"),
