@@ -25,13 +25,12 @@ from gates.plan import RoutingPlan, insert_padding, remove_padding
 
 
 class Mode(Enum):
-    """What the forward pass is for. Noise and jitter act in TRAIN only; SEARCH asks for dense probing."""
+    """What the forward pass is for. Noise and jitter act in TRAIN only."""
 
     TRAIN = "train"
     EVAL = "eval"
     PREFILL = "prefill"
     DECODE = "decode"
-    SEARCH = "search"
 
 
 class Causality(Enum):
@@ -72,6 +71,10 @@ class GateConfig(BaseModel):
         """Expected experts per token, for counts of active parameters and FLOPs."""
         raise TypeError(f"{type(self).__name__} must define experts_per_token()")
 
+    def chooses_experts(self) -> bool:
+        """Whether tokens visit experts as they are; not so where experts see mixtures of all tokens (Soft MoE)."""
+        return True
+
     def reduces_in_forward(self) -> bool:
         """Whether forward calls ``GateInput.reduce_load``, so that all ranks must run it or none."""
         return False
@@ -93,19 +96,18 @@ class GateConfig(BaseModel):
 
 
 def schedule_steps(length: int | float, total_steps: int | None, name: str) -> int:
-    """A schedule's length in steps.
+    """A schedule's length in steps; one as long as training ends in its last step, and does not miss it by one.
 
     Raises:
         ValueError: it is a share of a training run whose length is not known.
     """
-    if isinstance(length, int):
-        return length
-    if total_steps is None:
+    if isinstance(length, float) and total_steps is None:
         raise ValueError(
             f"{name} is {length:g} of the training run: tell begin_step() its total_steps, or give {name} as a whole"
             " number of steps"
         )
-    return round(length * total_steps)
+    steps = length if isinstance(length, int) else round(length * (total_steps or 0))
+    return steps - 1 if steps and steps == total_steps else steps
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 Hazimeh et al., "DSelect-k: Differentiable Selection in the Mixture of Experts", NeurIPS 2021 (arXiv:2106.03760, section
 3). Selector j has ceil(log2 E) bits s = S(z_j . x + c_j); expert i has probability r_i = prod_l (s_l where bit l of i
 is 1, else 1 - s_l); a softmax over the selectors' logits weighs them. An entropy loss makes bits decide, turned up over
-a warm-up. Where E is no power of two some codes name no expert: a second loss keeps probability away from them (its
-mean over tokens; the paper's grows with the batch).
+a warm-up. Where E is no power of two some codes name no expert: a second loss keeps probability away from them. The
+paper has 1 / probability, summed over the batch; a token near such a code would outweigh all else, so it is the mean of
+-log(probability) here.
 
 Shape suffixes: T tokens, D width, E experts, K selectors, b bits.
 """
@@ -25,6 +26,9 @@ from gates.plan import RoutingPlan
 from gates.registry import register_gate
 from gates.solvers.smooth_step import smooth_step
 
+_LOST = 1e-6
+"""Probability on experts' codes that the loss takes a token for which has none."""
+
 
 class DSelectKConfig(GateConfig):
     """Options of DSelect-k."""
@@ -38,7 +42,7 @@ class DSelectKConfig(GateConfig):
         0.1, description="how long that weight grows from 0: steps, or below 1 a share of training"
     )
     reachable_coef: float = Field(
-        0.01, ge=0, description="weight of 1 / (probability on codes that name an expert) - 1; for E no power of two"
+        0.01, ge=0, description="weight of -log(probability on codes that name an expert); for E no power of two"
     )
     balance_coef: float = Field(
         0.01, ge=0, description="weight of E * sum_e (mean probability of e)^2, which is 1 at perfect balance"
@@ -66,7 +70,6 @@ class DSelectKGate(Gate):
     config: DSelectKConfig
     weight_sum = "at_most_one"
     warmth: Tensor
-    code_Eb: Tensor
 
     def __init__(self, config: DSelectKConfig, dim: int, num_experts: int) -> None:
         super().__init__(config, dim, num_experts)
@@ -75,8 +78,6 @@ class DSelectKGate(Gate):
         self.bit_bias = nn.Parameter(torch.empty(config.k * bits))
         self.selector_weight = nn.Parameter(torch.empty(config.k, dim)) if config.per_token else None
         self.selector_bias = nn.Parameter(torch.empty(config.k))
-        code_Eb = (torch.arange(num_experts).unsqueeze(1) >> torch.arange(bits)) & 1
-        self.register_buffer("code_Eb", code_Eb.bool(), persistent=False)
         self.register_buffer("warmth", torch.tensor(0.0, dtype=torch.float32))
         self.reset_parameters()
 
@@ -103,12 +104,11 @@ class DSelectKGate(Gate):
             bit_TKb = F.linear(x_TD, self.bit_weight.to(x_TD.dtype), self.bit_bias.to(x_TD.dtype))
             logit_TK = F.linear(x_TD, self.selector_weight.to(x_TD.dtype), self.selector_bias.to(x_TD.dtype))
         else:
-            bit_TKb = self.bit_bias.to(x_TD.dtype).expand(x_TD.shape[0], -1)
+            bit_TKb = self.bit_bias.to(x_TD.dtype).unsqueeze(0)  # one row, the same for every token
             logit_TK = self.selector_bias.to(x_TD.dtype).expand(x_TD.shape[0], -1)
-        check_finite(torch.cat([bit_TKb, logit_TK], 1), config.name)
-        bit_TK1b = bit_TKb.reshape(x_TD.shape[0], config.k, 1, bits)
-        one, zero = smooth_step(bit_TK1b, config.gamma), smooth_step(-bit_TK1b, config.gamma)
-        r_TKE = torch.where(self.code_Eb, one, zero).prod(-1)
+        check_finite(torch.cat([bit_TKb.expand(x_TD.shape[0], -1), logit_TK], 1), config.name)
+        bit_TKb = bit_TKb.reshape(-1, config.k, bits)
+        r_TKE = code_probabilities(bit_TKb, config.gamma)[..., :num_experts].expand(x_TD.shape[0], -1, -1)
         weight_TE = (logit_TK.softmax(-1).unsqueeze(-1) * r_TKE).sum(1)
         reached_T1 = weight_TE.sum(1, keepdim=True)
         # A token whose codes all name nobody goes to nobody, until the loss has brought it back.
@@ -128,7 +128,7 @@ class DSelectKGate(Gate):
         if config.entropy_coef:
             aux["entropy"] = self.warmth.to(entropy.dtype) * entropy
         if config.reachable_coef:
-            aux["reachable"] = (1 / (r_TKE.sum(-1) + 1e-6) - 1).sum() / num_tokens
+            aux["reachable"] = -((r_TKE.sum(-1) + _LOST) / (1 + _LOST)).log().sum() / num_tokens
         if config.balance_coef:
             share_E = r_TKE.sum((0, 1)) / r_TKE.sum().clamp_min(torch.finfo(r_TKE.dtype).tiny)
             aux["balance"] = num_experts * share_E.square().sum()
@@ -136,6 +136,18 @@ class DSelectKGate(Gate):
         metrics["selector_entropy"] = entropy.detach()
         metrics["uncovered_frac"] = lost_T.sum() / num_tokens
         return GateOutput(plan, aux, metrics)
+
+
+def code_probabilities(bit_TKb: Tensor, gamma: float) -> Tensor:
+    """(T, K, 2^b) probability of every code: products of smooth steps, bit 0 the least significant.
+
+    Bit by bit, each doubling what there is, so that no (T, K, E, b) is ever formed.
+    """
+    one_TKb, zero_TKb = smooth_step(bit_TKb, gamma), smooth_step(-bit_TKb, gamma)
+    code_TKC = bit_TKb.new_ones(*bit_TKb.shape[:-1], 1)
+    for bit in range(bit_TKb.shape[-1]):
+        code_TKC = torch.cat([code_TKC * zero_TKb[..., bit, None], code_TKC * one_TKb[..., bit, None]], -1)
+    return code_TKC
 
 
 def num_bits(num_experts: int) -> int:

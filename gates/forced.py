@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gates.base import GateInput
-from gates.hash import mix_bits
+from gates.hash import mix_bits, wrapped
 from gates.linear import LinearGate, LinearGateConfig
 from gates.plan import RoutingPlan
 from gates.registry import register_gate
@@ -71,9 +71,11 @@ class ForcedGate(LinearGate):
         assert inp.position_T is not None
         config, num_experts = self.config, self.num_experts
         log_p_E = torch.tensor(zipf_log_shares(num_experts, config.k, config.imbalance), device=logits_TE.device)
-        order_E = torch.argsort(mix_bits(torch.arange(num_experts) + 7919 * (config.seed + 1)))  # who is popular
+        order_E = torch.argsort(
+            mix_bits(torch.arange(num_experts) + wrapped(7919 * (config.seed + 1)))
+        )  # who is popular
         log_p_E = log_p_E[torch.argsort(order_E).roll(int(config.drift * inp.step))]
-        salt = ((config.seed * 1_000_003 + inp.layer) * 1_000_003 + inp.step) * num_experts
+        salt = wrapped(((config.seed * 1_000_003 + inp.layer) * 1_000_003 + inp.step) * num_experts)
         token_T = mix_bits(mix_bits(inp.ids_T) + inp.position_T + salt)
         bits_TE = mix_bits(token_T.unsqueeze(1) + torch.arange(num_experts, device=token_T.device))
         uniform_TE = ((bits_TE & (2**52 - 1)).double() + 0.5) / 2**52

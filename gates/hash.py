@@ -131,8 +131,13 @@ class HashGate(Gate):
 def hash_experts(ids_T: Tensor, num_experts: int, k: int = 1, seed: int = 0) -> Tensor:
     """(T, K) distinct experts of each id: the k smallest of E random numbers that only id, expert and seed decide."""
     expert_E = torch.arange(num_experts, device=ids_T.device)
-    key_TE = mix_bits(mix_bits(ids_T + seed * 0x9E3779B1).unsqueeze(1) + expert_E)
+    key_TE = mix_bits(mix_bits(ids_T + wrapped(seed * 0x9E3779B1)).unsqueeze(1) + expert_E)
     return torch.sort(key_TE, dim=1, stable=True).indices[:, :k]
+
+
+def wrapped(value: int) -> int:
+    """``value`` modulo 2^64, as int64 arithmetic would have it."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def mix_bits(value: Tensor) -> Tensor:
@@ -174,9 +179,12 @@ def clustered_table(vector_VD: Tensor, num_experts: int, *, dispersed: bool = Fa
     """
     vector_VD = vector_VD.double()
     # k-means++ without chance: each next centre is the vector farthest from those before.
-    centre_ED = vector_VD[:1]
+    centres = [vector_VD[0]]
+    distance_V = torch.full_like(vector_VD[:, 0], torch.inf)
     for _ in range(1, num_experts):
-        centre_ED = torch.cat([centre_ED, vector_VD[torch.cdist(vector_VD, centre_ED).amin(1).argmax()].unsqueeze(0)])
+        distance_V = torch.minimum(distance_V, torch.linalg.vector_norm(vector_VD - centres[-1], dim=1))
+        centres.append(vector_VD[distance_V.argmax()])
+    centre_ED = torch.stack(centres)
     cluster_V = torch.cdist(vector_VD, centre_ED).argmin(1)
     for _ in range(iterations):
         size_E = torch.bincount(cluster_V, minlength=num_experts)

@@ -46,6 +46,8 @@ from gates.solvers.assignment import hungarian
 from gates.solvers.relaxed_permutation import relaxed_permutation
 from gates.topk import TopKConfig
 
+COLDEST_NEWTON = 1e-4
+_INNER_LOAD = "local_search.inner_load"
 PAPER = {"solver": "sinkhorn", "tau_start": 1e-3, "tau_end": 1e-7}
 
 
@@ -105,6 +107,13 @@ class LocalSearchConfig(GateConfig):
             )
         if self.tau_end > self.tau_start:
             problems.append(f"tau_end: {self.tau_end:g} is above tau_start {self.tau_start:g}")
+        if self.solver == "newton" and self.tau_end < COLDEST_NEWTON:
+            problems.append(
+                f"tau_end: {self.tau_end:g} is below {COLDEST_NEWTON:g}, where newton takes too many steps; set"
+                " solver=sinkhorn"
+            )
+        if not self.gate.chooses_experts():
+            problems.append(f"gate: {self.gate.name!r} sends mixtures of tokens to experts, and nothing to permute")
         problems += [
             f"{field}: has no effect with solver=newton"
             for field in ("sinkhorn_start", "sinkhorn_end")
@@ -159,22 +168,29 @@ class LocalSearchGate(Gate):
         length = schedule_steps(config.search, total_steps, "search")
         if step >= length:
             if not bool(self.frozen):
-                self.expert_of_E.copy_(self.nearest_permutation())
+                self.expert_of_E.copy_(hungarian(whole(self.score_EE)))
                 self.frozen.fill_(True)
             return
-        done = step / length
+        done = step / max(1, length - 1)
         log_tau = math.log(config.tau_start) + done * (math.log(config.tau_end) - math.log(config.tau_start))
         self.tau.fill_(math.exp(log_tau))
         self.iterations.fill_(round(config.sinkhorn_start + done * (config.sinkhorn_end - config.sinkhorn_start)))
 
     def end_step(self, load_E: Tensor, signals: Mapping[str, Tensor]) -> None:
         """Hand the loads to the gate within, under its own labels. See :meth:`Gate.end_step`."""
-        self.inner.end_step(load_E[self.expert_of_E.to(load_E.device)] if bool(self.frozen) else load_E, signals)
+        if bool(self.frozen):
+            load_E = load_E[self.expert_of_E.to(load_E.device)]
+        elif _INNER_LOAD in signals:  # while searching every expert sees every token, which says nothing
+            load_E = signals[_INNER_LOAD].round().to(load_E)
+        self.inner.end_step(load_E, {name: value for name, value in signals.items() if name != _INNER_LOAD})
 
-    @torch.no_grad()
     def nearest_permutation(self) -> Tensor:
-        """(E,) where each expert of the gate within goes: the best match of the relaxed permutation as it is now."""
-        return hungarian(self._relaxed(self.score_EE.detach().double()))
+        """(E,) where each expert of the gate within goes: what the search would be frozen to now.
+
+        Of A, which has the same best match as the logarithm of the relaxed permutation. Entries of that itself are
+        exact zeros where it is cold, and no match is better than another then.
+        """
+        return hungarian(self.score_EE)
 
     def route(self, inp: GateInput) -> GateOutput:
         """See :meth:`Gate.route`."""
@@ -190,11 +206,9 @@ class LocalSearchGate(Gate):
         expert_of_E = self.expert_of_E if bool(self.frozen) else self.nearest_permutation()
         back_E = torch.argsort(expert_of_E)
         replay = None if inp.replay is None else apply_permutation(inp.replay, back_E)
+        # Scores stay under the labels of the gate within: the next layer's gate has learned to read them that way.
         out = self.inner.route(replace(inp, replay=replay))
-        logits_TE = out.logits_TE
-        if logits_TE is not None:  # what a gate scores besides experts stays where it is
-            logits_TE = torch.cat([logits_TE[:, : self.num_experts][:, back_E], logits_TE[:, self.num_experts :]], 1)
-        return replace(out, plan=apply_permutation(out.plan, expert_of_E), logits_TE=logits_TE)
+        return replace(out, plan=apply_permutation(out.plan, expert_of_E))
 
     def _search(self, inp: GateInput) -> GateOutput:
         """All experts, weighted by the relaxed permutation of the gate's weights."""
@@ -215,7 +229,8 @@ class LocalSearchGate(Gate):
             column_EE = p_EE / p_EE.sum(0, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
             aux["permutation"] = _entropy(p_EE) + _entropy(column_EE)
         metrics["permutation_entropy"] = (_entropy(p_EE) / self.num_experts).detach()
-        return replace(out, plan=plan, aux=aux, metrics=metrics)
+        signals = {**out.signals, _INNER_LOAD: out.plan.offered_E.double()}
+        return replace(out, plan=plan, aux=aux, metrics=metrics, signals=signals)
 
     def _relaxed(self, score_EE: Tensor) -> Tensor:
         """(E, E) permutation of most score, softened by the present temperature; rows add up to 1, columns nearly."""
@@ -238,6 +253,13 @@ class LocalSearchGate(Gate):
         surrogate._modules = {**self._modules, "inner": inner}
         surrogate.causality = inner.causality
         return surrogate
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter of which each rank may keep a slice (FSDP); all ranks must ask together."""
+    gather = getattr(parameter, "full_tensor", None)
+    full: Tensor = parameter.detach() if gather is None else gather().detach()
+    return full
 
 
 def _entropy(p_EE: Tensor) -> Tensor:

@@ -279,13 +279,23 @@ def apply_permutation(plan: RoutingPlan, expert_of_E: Tensor) -> RoutingPlan:
 
     Args:
         expert_of_E: (E,) int64 permutation of 0..E-1.
+
+    Raises:
+        ValueError: experts of the plan see slots, whose order is that of the experts.
     """
+    if plan.slots is not None:
+        raise ValueError("a plan whose experts see slots cannot be permuted")
     load_E, offered_E = torch.empty_like(plan.load_E), torch.empty_like(plan.offered_E)
     load_E[expert_of_E] = plan.load_E
     offered_E[expert_of_E] = plan.offered_E
     before_drop = None if plan.before_drop is None else apply_permutation(plan.before_drop, expert_of_E)
     return replace(
-        plan, expert_N=expert_of_E[plan.expert_N], load_E=load_E, offered_E=offered_E, before_drop=before_drop
+        plan,
+        expert_N=expert_of_E[plan.expert_N],
+        load_E=load_E,
+        offered_E=offered_E,
+        before_drop=before_drop,
+        kind=PlanKind.SPARSE,  # experts no longer stand in index order
     )
 
 

@@ -90,11 +90,12 @@ class ReLUGate(LinearGate):
     def choose(self, logits_TE: Tensor, inp: GateInput) -> tuple[RoutingPlan, dict[str, Tensor]]:
         """See :meth:`LinearGate.choose`."""
         mask_TE = logits_TE > 0
+        wanted = mask_TE.sum().float()  # by the logits: under a limit of k pairs there are never too many
         limit = self.config.max_k
         if limit is not None and limit < self.num_experts:
             best_TK = top_k(logits_TE, limit)
             mask_TE &= torch.zeros_like(mask_TE).scatter_(1, best_TK, True)
-        signals = {"pairs": mask_TE.sum().float(), "tokens": torch.tensor(float(mask_TE.shape[0]))}
+        signals = {"pairs": wanted, "tokens": torch.tensor(float(mask_TE.shape[0]))}
         return RoutingPlan.from_mask(mask_TE, logits_TE), signals
 
     def weigh(self, logits_TE: Tensor, chosen: RoutingPlan, inp: GateInput) -> RoutingPlan:

@@ -40,6 +40,10 @@ class SoftConfig(GateConfig):
         """All: each output is a mixture of every slot. What is computed is E * slots rows, whatever the tokens."""
         return float(num_experts)
 
+    def chooses_experts(self) -> bool:
+        """No: experts see slots."""
+        return False
+
 
 @register_gate("soft")
 class SoftGate(Gate):

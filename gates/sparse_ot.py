@@ -32,6 +32,7 @@ from gates.capacity import expert_capacity
 from gates.plan import RoutingPlan
 from gates.potentials import PotentialConfig, PotentialGate
 from gates.registry import register_gate
+from gates.scores import top_k
 from gates.solvers.assignment import balanced_assignment
 from gates.solvers.plan_gradient import row_weights, transport_weights
 from gates.solvers.sparse_ot import Solver, solve_semi_dual
@@ -176,6 +177,9 @@ class SparseOTGate(PotentialGate):
     def choose_frozen(self, logits_TE: Tensor, potential_E: Tensor) -> RoutingPlan:
         """Each token's own projection of potential + score; orientation=expert: scores above the thresholds."""
         config, similar_TE = self.config, self._similarity(logits_TE)
+        if config.orientation == "expert" and not int(self.potential_steps):  # no thresholds yet
+            wanted = max(1, round(config.experts_per_token(self.num_experts)))
+            return RoutingPlan.from_topk(top_k(similar_TE, wanted), similar_TE, self.num_experts)
         if config.orientation == "expert":
             return RoutingPlan.from_mask(similar_TE > potential_E, similar_TE)
         rows = project_sparse_simplex((similar_TE + potential_E) / config.gamma, config.k)

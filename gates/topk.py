@@ -104,7 +104,8 @@ class TopKConfig(GateConfig):
     @model_validator(mode="before")
     @classmethod
     def _no_loss_besides_a_bias(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("balance") in ("bias", "quantile"):
+        usual = cls.model_fields["balance"].default  # a preset's own coefficient goes with its own way of balancing
+        if isinstance(values, Mapping) and values.get("balance") in {"bias", "quantile"} - {usual}:
             return {"balance_coef": 0.0, **values}
         return values
 
@@ -336,7 +337,11 @@ class TopKGate(Gate):
             if policy == "probs":
                 score_N = score(logits_TE.detach(), config.score)[offered.token_N(), offered.expert_N]
             plan = apply_capacity(offered, capacity, policy, score_N, inp.rng)
-        return normalise_rows(plan, config.scale) if config.renormalise_kept else plan
+        if not config.renormalise_kept:
+            return plan
+        if config.score == "softmax":  # the kept may weigh nothing beside the dropped
+            return plan.with_weight(config.scale * plan.softmax_rows(plan.pick(logits_TE)))
+        return normalise_rows(plan, config.scale)
 
     def _balance(
         self,

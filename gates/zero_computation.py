@@ -109,19 +109,12 @@ class ZeroComputationGate(Gate):
         """See :meth:`Gate.route`."""
         logits_TA = self._logits(inp)
         check_finite(logits_TA, self.config.name)
-        probs_TA = logits_TA.softmax(-1)
         mask_TA = self._chosen(logits_TA, inp)
-        weight_TA = probs_TA * mask_TA
-        if self.config.zero_experts:
-            weight_TA = torch.cat(
-                [
-                    weight_TA[:, : self.num_experts],
-                    torch.zeros_like(weight_TA[:, :1]),
-                    weight_TA[:, self.num_experts + 1 :],
-                ],
-                1,
-            )
-        weight_TA = weight_TA / weight_TA.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_TA.dtype).tiny)
+        # A softmax over those that weigh something: their probabilities may all but vanish beside a zero expert's.
+        weighs_TA = mask_TA.clone()
+        weighs_TA[:, self.num_experts : self.num_experts + self.config.zero_experts] = False
+        nobody_T1 = ~weighs_TA.any(-1, keepdim=True)
+        weight_TA = logits_TA.masked_fill(~(weighs_TA | nobody_T1), -torch.inf).softmax(-1) * weighs_TA
         split = [self.num_experts, self.config.num_free]
         (mask_TE, mask_TZ), (weight_TE, weight_TZ) = mask_TA.split(split, 1), weight_TA.split(split, 1)
         plan = RoutingPlan.from_mask(mask_TE, weight_TE)
@@ -131,7 +124,7 @@ class ZeroComputationGate(Gate):
             return GateOutput(plan, logits_TE=logits_TA, added_TD=added_TD)
         metrics = plan_metrics(plan)
         metrics["free_frac"] = mask_TZ.sum() / mask_TA.sum().clamp_min(1)
-        return GateOutput(plan, self._losses(logits_TA, probs_TA, mask_TA), metrics, logits_TA, added_TD)
+        return GateOutput(plan, self._losses(logits_TA, mask_TA, inp.segment_T), metrics, logits_TA, added_TD)
 
     @torch.no_grad()
     def _chosen(self, logits_TA: Tensor, inp: GateInput) -> Tensor:
@@ -160,16 +153,23 @@ class ZeroComputationGate(Gate):
         added_TD: Tensor = own_T1 * x_TD + (constant_Tz * mix_Tz2[..., 1]) @ self.constant.to(x_TD.dtype)
         return added_TD
 
-    def _losses(self, logits_TA: Tensor, probs_TA: Tensor, mask_TA: Tensor) -> dict[str, Tensor]:
-        """Balance over all A experts, free ones weighing tau: 1 when f and P are spread in inverse proportion to it."""
+    def _losses(self, logits_TA: Tensor, mask_TA: Tensor, segment_T: Tensor | None) -> dict[str, Tensor]:
+        """Balance over all A experts, free ones weighing tau: 1 when f and P are spread in inverse proportion to it.
+
+        By sequence where the input tells sequences apart.
+        """
         aux: dict[str, Tensor] = {}
         if self.config.balance_coef:
-            eta_A = torch.ones_like(probs_TA[0] if probs_TA.shape[0] else logits_TA.new_ones(self.num_logits))
+            eta_A = logits_TA.new_ones(self.num_logits)
             eta_A[self.num_experts :] = self.config.tau
-            load_A = mask_TA.sum(0)
-            fraction_A = eta_A * load_A.to(probs_TA.dtype) / load_A.sum().clamp_min(1)
-            # At f = P = (1 / eta) / sum(1 / eta) the sum is 1 / sum(1 / eta).
-            aux["balance"] = (probs_TA.sum(0) * fraction_A).sum() * (1 / eta_A).sum() / max(1, probs_TA.shape[0])
+            weighed_TA = logits_TA.softmax(-1) * eta_A
+            if segment_T is None:
+                loss = balance.balance_loss(weighed_TA, mask_TA.sum(0))
+            else:
+                token_N, expert_N = mask_TA.nonzero(as_tuple=True)
+                loss = balance.sequence_balance_loss(weighed_TA, expert_N, token_N, segment_T)
+            # At f = P = (1 / eta) / sum(1 / eta), A times their product would be A / sum(1 / eta).
+            aux["balance"] = loss * ((1 / eta_A).sum() / self.num_logits)
         if self.config.z_coef:
             aux["z"] = balance.z_loss(logits_TA)
         return aux

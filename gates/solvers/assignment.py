@@ -124,9 +124,10 @@ def _inner_prices(cost_EE: Floats) -> Floats:
     bonus = np.zeros(len(distance))
     inner = distance[np.ix_(used, used)]
     bonus[used] = (inner.mean(0) - inner.mean(1)) / 2
-    # An expert without tokens must stay below all that would send it one.
+    # An expert without tokens must stay below all that would send it one, by as much as moves cost elsewhere.
+    margin = float(np.abs(cost_EE[np.isfinite(cost_EE)]).mean()) or 1.0
     for unused in np.flatnonzero(~used):
-        bonus[unused] = (bonus[used] + cost_EE[used, unused]).min() - 1.0
+        bonus[unused] = (bonus[used] + cost_EE[used, unused]).min() - margin
     centred: Floats = bonus - bonus.mean()
     return centred
 

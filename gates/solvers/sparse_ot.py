@@ -22,6 +22,7 @@ from torch import Tensor
 from gates.solvers.sparse_simplex import SparseRows, project_simplex_sorted, project_sparse_simplex
 
 Solver = Literal["lbfgs", "adam", "newton"]
+_NEWTON_TOLERANCE = 1e-11
 
 
 class SemiDual(NamedTuple):
@@ -63,20 +64,24 @@ def solve_semi_dual(
         row_mass: a, of each of N rows; N * a = B * b.
         column_mass: b, of each of B columns.
         solver: "lbfgs": torch.optim.LBFGS with a strong Wolfe line search. "adam": as the reference does it. "newton":
-            semi-smooth Newton, an N x N system a step; needs k >= 2.
+            semi-smooth Newton in fp64, an N x N system a step; needs k >= 2.
         iterations: of the solver, at most.
         learning_rate: of Adam.
         start_N: (N,) first alpha; None: zeros.
     """
     if gamma <= 0:
         raise ValueError(f"gamma: {gamma} must be above 0")
-    problem = _Problem(score_BN.detach(), k, gamma * column_mass, row_mass, column_mass)
-    alpha_N = torch.zeros_like(score_BN[0]) if start_N is None else start_N.to(score_BN).clone()
+    dtype = score_BN.dtype
+    # Newton's last steps gain less than fp32 can tell in a sum over thousands of columns.
+    wide_BN = score_BN.detach().double() if solver == "newton" else score_BN.detach()
+    problem = _Problem(wide_BN, k, gamma * column_mass, row_mass, column_mass)
+    alpha_N = torch.zeros_like(wide_BN[0]) if start_N is None else start_N.to(wide_BN).clone()
     with torch.no_grad():
         alpha_N = _SOLVERS[solver](problem, alpha_N, iterations, learning_rate)
         value, gradient_N, columns = problem.evaluate(alpha_N)
     violation = float(gradient_N.abs().max()) / row_mass
-    return SemiDual(alpha_N, columns, float(value), violation, problem.evaluations)
+    columns = SparseRows(columns.index_BK, columns.value_BK.to(dtype))
+    return SemiDual(alpha_N.to(dtype), columns, float(value), violation, problem.evaluations)
 
 
 class _Problem:
@@ -141,9 +146,8 @@ def _adam(problem: _Problem, alpha_N: Tensor, iterations: int, learning_rate: fl
 def _newton(problem: _Problem, alpha_N: Tensor, iterations: int, learning_rate: float) -> Tensor:
     value, gradient_N, columns = problem.evaluate(alpha_N)
     eye_NN = torch.eye(alpha_N.numel(), dtype=alpha_N.dtype, device=alpha_N.device)
-    tolerance = 50 * torch.finfo(alpha_N.dtype).eps
     for _step in range(iterations):
-        if float(gradient_N.abs().max()) <= tolerance * problem.row_mass * problem.score_BN.shape[0]:
+        if float(gradient_N.abs().max()) <= _NEWTON_TOLERANCE * problem.row_mass:
             break
         curvature_NN = problem.curvature(columns)
         # The system is singular along (1, ..., 1), and where supports do not overlap.
@@ -153,11 +157,15 @@ def _newton(problem: _Problem, alpha_N: Tensor, iterations: int, learning_rate: 
         length = 1.0
         for _halving in range(25):
             trial = problem.evaluate(alpha_N + length * step_N)
-            if float(trial[0] - value) >= 1e-4 * length * slope or float(trial[1].abs().max()) == 0:
+            rounding = 16 * torch.finfo(alpha_N.dtype).eps * (abs(float(value)) + problem.row_mass)
+            if float(trial[0] - value) >= 1e-4 * length * slope - rounding or float(trial[1].abs().max()) == 0:
                 break
             length /= 2
         else:
-            # A kink, or columns that hardly curve: no step along this direction rises, and others are left to try.
+            # A kink: no step along this direction rises. One column more or less is as near as the marginals get where
+            # its best k change; from farther off, where columns hardly curve, other directions are left to try.
+            if float(gradient_N.abs().max()) <= problem.column_mass:
+                return alpha_N
             return _lbfgs(problem, alpha_N, iterations, learning_rate)
         alpha_N = alpha_N + length * step_N
         value, gradient_N, columns = trial

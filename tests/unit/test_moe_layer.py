@@ -46,8 +46,8 @@ def test_mode_follows_the_module_when_there_is_no_context(monkeypatch: pytest.Mo
     layer(torch.randn(3, 8))
     layer.eval()
     layer(torch.randn(3, 8))
-    layer(torch.randn(3, 8), RoutingContext(mode=Mode.SEARCH))
-    assert seen == [(Mode.TRAIN, None), (Mode.EVAL, None), (Mode.SEARCH, None)]
+    layer(torch.randn(3, 8), RoutingContext(mode=Mode.PREFILL))
+    assert seen == [(Mode.TRAIN, None), (Mode.EVAL, None), (Mode.PREFILL, None)]
 
 
 def test_aux_loss_is_the_weighted_sum() -> None:
