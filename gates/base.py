@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor, nn
 
 from gates.plan import RoutingPlan, insert_padding, remove_padding
@@ -45,7 +45,20 @@ class GateNumericsError(FloatingPointError):
     """The gate saw NaN or infinite scores; names the gate and how many tokens are affected."""
 
 
-Steps = Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=0, lt=1)]
+def _steps_or_share(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a whole number of optimizer steps, or a share of the training run below 1")
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError(
+            f"{value} is no share of the training run below 1; for a number of optimizer steps leave out the point"
+        )
+    if value < 0:
+        raise ValueError(f"{value} optimizer steps are less than none")
+    return value
+
+
+_is_steps = BeforeValidator(_steps_or_share)
+Steps = Annotated[int | float, _is_steps]
 """Type of an option that says how long a schedule lasts: optimizer steps, or below 1 a share of the training run."""
 
 
@@ -71,6 +84,10 @@ class GateConfig(BaseModel):
         """Expected experts per token, for counts of active parameters and FLOPs."""
         raise TypeError(f"{type(self).__name__} must define experts_per_token()")
 
+    def files(self) -> dict[str, str]:
+        """Paths that training reads, by the field that names them."""
+        return {}
+
     def chooses_experts(self) -> bool:
         """Whether tokens visit experts as they are; not so where experts see mixtures of all tokens (Soft MoE)."""
         return True
@@ -89,14 +106,14 @@ class GateConfig(BaseModel):
             f"{name}: the schedule ends after {getattr(self, name)} steps, training after {total_steps}; give fewer"
             " steps, or a share of the run below 1"
             for name, field_info in type(self).model_fields.items()
-            if field_info.annotation == Steps
+            if _is_steps in field_info.metadata
             and isinstance(getattr(self, name), int)
             and getattr(self, name) > total_steps
         ]
 
 
 def schedule_steps(length: int | float, total_steps: int | None, name: str) -> int:
-    """A schedule's length in steps; one as long as training ends in its last step, and does not miss it by one.
+    """A schedule's length in steps: at least 1 unless it is 0, and at most such that it ends in training's last step.
 
     Raises:
         ValueError: it is a share of a training run whose length is not known.
@@ -106,7 +123,7 @@ def schedule_steps(length: int | float, total_steps: int | None, name: str) -> i
             f"{name} is {length:g} of the training run: tell begin_step() its total_steps, or give {name} as a whole"
             " number of steps"
         )
-    steps = length if isinstance(length, int) else round(length * (total_steps or 0))
+    steps = length if isinstance(length, int) else max(round(length * (total_steps or 0)), 1 if length else 0)
     return steps - 1 if steps and steps == total_steps else steps
 
 
@@ -216,13 +233,16 @@ class Gate(nn.Module, ABC):
 
     A subclass sets ``config_type``, builds its parameters in ``__init__`` and implements :meth:`route`.
     It declares ``causality``; ``needs`` (what it cannot do without: "ids", "position", "segment", "prev_logits"); and
-    ``weight_sum``: what the weights of one token add up to ("one", "at_most_one" or "free").
+    ``weight_sum``: what the weights of one token add up to ("one", "at_most_one" or "free"); and
+    ``interchangeable_experts``: whether numbering the experts otherwise only numbers the plan otherwise, which is not
+    so where they stand in groups, at the leaves of a tree or under a code.
     """
 
     config_type: ClassVar[type[GateConfig]]
     causality: Causality = Causality.PER_TOKEN
     needs: frozenset[str] = frozenset()
     weight_sum: Literal["one", "at_most_one", "free"] = "free"
+    interchangeable_experts: bool = True
 
     def __init__(self, config: GateConfig, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -306,6 +326,11 @@ class Gate(nn.Module, ABC):
     def generates_text(self) -> bool:
         """Whether a causal language model can use it: it looks at no later token, or has a surrogate that does not."""
         return self.causality is not Causality.BATCH or self.causal_surrogate() is not None
+
+    @property
+    def trains_as_it_serves(self) -> bool:
+        """Whether, noise and capacity apart, training routes a token as generation does; not so while searching."""
+        return self.causality is Causality.PER_TOKEN
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps buffers wide when the model goes to half precision: steps of a bias are too small for it."""

@@ -46,6 +46,16 @@ class BatchChoiceConfig(LinearGateConfig):
             return [f"max_k: {self.max_k} experts for a token, but there are only {num_experts}"]
         return []
 
+    def check_schedules(self, total_steps: int) -> list[str]:
+        """See :meth:`GateConfig.check_schedules`."""
+        problems = super().check_schedules(total_steps)
+        if self.thresholds_from is not None and self.thresholds_from >= total_steps:
+            problems.append(
+                f"thresholds_from: step {self.thresholds_from} never comes, training takes {total_steps}; give an"
+                " earlier one, or null for never"
+            )
+        return problems
+
 
 class BatchChoiceGate(LinearGate):
     """A subclass writes :meth:`scores` and :meth:`pick_batch`; thresholds and what serves them are here."""

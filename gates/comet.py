@@ -71,6 +71,7 @@ class COMETGate(Gate):
 
     config_type = COMETConfig
     config: COMETConfig
+    interchangeable_experts = False
     weight_sum = "at_most_one"  # a replayed expert may no longer be reached
     warmth: Tensor
 

@@ -68,6 +68,7 @@ class DSelectKGate(Gate):
 
     config_type = DSelectKConfig
     config: DSelectKConfig
+    interchangeable_experts = False
     weight_sum = "at_most_one"
     warmth: Tensor
 
@@ -107,7 +108,7 @@ class DSelectKGate(Gate):
             bit_TKb = self.bit_bias.to(x_TD.dtype).unsqueeze(0)  # one row, the same for every token
             logit_TK = self.selector_bias.to(x_TD.dtype).expand(x_TD.shape[0], -1)
         check_finite(torch.cat([bit_TKb.expand(x_TD.shape[0], -1), logit_TK], 1), config.name)
-        bit_TKb = bit_TKb.reshape(-1, config.k, bits)
+        bit_TKb = bit_TKb.reshape(bit_TKb.shape[0], config.k, bits)
         r_TKE = code_probabilities(bit_TKb, config.gamma)[..., :num_experts].expand(x_TD.shape[0], -1, -1)
         weight_TE = (logit_TK.softmax(-1).unsqueeze(-1) * r_TKE).sum(1)
         reached_T1 = weight_TE.sum(1, keepdim=True)

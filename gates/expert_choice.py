@@ -33,6 +33,15 @@ class ExpertChoiceConfig(BatchChoiceConfig):
         """The capacity factor; what ``max_k`` takes away is not subtracted."""
         return min(self.capacity_factor, float(num_experts))
 
+    def check(self, num_experts: int) -> list[str]:
+        """See :meth:`GateConfig.check`."""
+        problems = super().check(num_experts)
+        if self.capacity_factor > num_experts:
+            problems.append(
+                f"capacity_factor: {self.capacity_factor:g} experts per token, but there are only {num_experts}"
+            )
+        return problems
+
 
 @register_gate("expert_choice")
 class ExpertChoiceGate(BatchChoiceGate):

@@ -55,6 +55,7 @@ class ForcedGate(LinearGate):
 
     config_type = ForcedConfig
     config: ForcedConfig
+    interchangeable_experts = False
     needs = frozenset({"ids", "position"})
 
     def __init__(self, config: ForcedConfig, dim: int, num_experts: int) -> None:

@@ -46,6 +46,10 @@ class HashConfig(GateConfig):
         """k."""
         return float(min(self.k, num_experts))
 
+    def files(self) -> dict[str, str]:
+        """The table."""
+        return {} if self.table == RANDOM else {"table": self.table}
+
     def check(self, num_experts: int) -> list[str]:
         """See :meth:`GateConfig.check`."""
         problems = []
@@ -64,6 +68,7 @@ class HashGate(Gate):
 
     config_type = HashConfig
     config: HashConfig
+    interchangeable_experts = False
     needs = frozenset({"ids"})
     weight_sum = "one"
     table_VK: Tensor | None

@@ -98,6 +98,10 @@ class LocalSearchConfig(GateConfig):
         """Whether the gate within does."""
         return self.gate.reduces_in_forward()
 
+    def files(self) -> dict[str, str]:
+        """Those of the gate within."""
+        return {f"gate.{field}": path for field, path in self.gate.files().items()}
+
     def check(self, num_experts: int) -> list[str]:
         """See :meth:`GateConfig.check`."""
         problems = [f"gate.{problem}" for problem in self.gate.check(num_experts)]
@@ -132,6 +136,7 @@ class LocalSearchGate(Gate):
 
     config_type = LocalSearchConfig
     config: LocalSearchConfig
+    interchangeable_experts = False
     tau: Tensor
     iterations: Tensor
     frozen: Tensor
@@ -151,6 +156,11 @@ class LocalSearchGate(Gate):
     @property
     def num_logits(self) -> int:
         return self.inner.num_logits
+
+    @property
+    def trains_as_it_serves(self) -> bool:
+        """Once the search is over, if the gate within does."""
+        return bool(self.frozen) and self.inner.trains_as_it_serves
 
     @property
     def max_k(self) -> int | None:
@@ -194,6 +204,8 @@ class LocalSearchGate(Gate):
 
     def route(self, inp: GateInput) -> GateOutput:
         """See :meth:`Gate.route`."""
+        if not bool(torch.isfinite(self.score_EE.detach().sum())):
+            raise GateNumericsError(f"gate {self.config.name!r}: the permutation's scores are NaN or infinite")
         try:
             return self._route(inp)
         except GateNumericsError as error:

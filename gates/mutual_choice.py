@@ -60,12 +60,15 @@ class MutualChoiceGate(BatchChoiceGate):
     def pick_batch(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The best M of all entries that the experts' caps leave."""
         num_tokens, num_experts = score_TE.shape
-        open_TE = score_TE
+        open_TE, cap_E = score_TE, torch.zeros_like(score_TE[0])
         if self.config.load_cap is not None:
             factor = self.config.mean_k * self.config.load_cap
             capacity = min(num_tokens, expert_capacity(num_tokens, 1, num_experts, factor))
-            within_TE, _ = best_of_columns(score_TE, torch.full((num_experts,), capacity, device=score_TE.device))
+            capacity_E = torch.full((num_experts,), capacity, device=score_TE.device)
+            within_TE, last_E = best_of_columns(score_TE, capacity_E)
             open_TE = score_TE.masked_fill(~within_TE, 0.0)
+            if capacity < num_tokens:  # an expert at its cap has a threshold of its own
+                cap_E = last_E
         pairs = min(max(1, round(self.config.mean_k * num_tokens)), open_TE.numel())
         flat_M = open_TE.reshape(-1)
         index_M = top_k(flat_M.unsqueeze(0), min(pairs + 1, flat_M.numel())).squeeze(0)
@@ -73,4 +76,4 @@ class MutualChoiceGate(BatchChoiceGate):
         mask_M[index_M[:pairs]] = True
         last, following = flat_M[index_M[pairs - 1]], flat_M[index_M[-1]]
         threshold = between(last, following if index_M.numel() > pairs else torch.zeros_like(last))
-        return mask_M.view_as(score_TE) & (open_TE > 0), threshold.expand(num_experts)
+        return mask_M.view_as(score_TE) & (open_TE > 0), torch.maximum(threshold, cap_E)

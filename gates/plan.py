@@ -265,9 +265,13 @@ def remove_padding(plan: RoutingPlan, valid_T: Tensor) -> RoutingPlan:
     size_U = size_T[valid_T]
     row_ptr_U1 = torch.zeros(size_U.numel() + 1, dtype=torch.int64, device=size_U.device)
     torch.cumsum(size_U, 0, out=row_ptr_U1[1:])
+    slots = plan.slots
+    if slots is not None:
+        slots = Slots(slots.dispatch_TS[valid_T], slots.combine_TS[valid_T], slots.slots_per_expert)
     return replace(
         plan,
         row_ptr_T1=row_ptr_U1,
+        slots=slots,
         residual_T=None if plan.residual_T is None else plan.residual_T[valid_T],
         before_drop=None if plan.before_drop is None else remove_padding(plan.before_drop, valid_T),
         undispatched=None if plan.undispatched is None else remove_padding(plan.undispatched, valid_T),

@@ -40,9 +40,14 @@ class PotentialGate(LinearGate):
 
     def __init__(self, config: PotentialConfig, dim: int, num_experts: int) -> None:
         super().__init__(config, dim, num_experts)
-        self.register_buffer("potential", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("potential", torch.zeros(self.num_potentials, dtype=torch.float32))
         self.register_buffer("potential_steps", torch.zeros((), dtype=torch.int64))
         self._frozen = False
+
+    @property
+    def num_potentials(self) -> int:
+        """Numbers that generation routes by: one an expert, unless a gate needs more."""
+        return self.num_experts
 
     @abstractmethod
     def choose_batch(self, logits_TE: Tensor) -> tuple[RoutingPlan, Tensor]:

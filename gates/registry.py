@@ -7,6 +7,7 @@ A gate is a config value: ``gate: {name: topk, k: 2}``. Other distributions add 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -44,7 +45,15 @@ def register_gate(name: str) -> Callable[[GateType], GateType]:
 @cache
 def _load_entry_points() -> None:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:  # whatever a foreign module does: the other gates still work
+            origin = entry_point.dist.name if entry_point.dist else "an unknown distribution"
+            warnings.warn(
+                f"gate {entry_point.name!r} of {origin} cannot be loaded from {entry_point.value}:"
+                f" {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
 
 def gate_names() -> list[str]:

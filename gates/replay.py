@@ -46,6 +46,10 @@ class ReplayConfig(LinearGateConfig):
         """k, whatever was recorded."""
         return float(min(self.k, num_experts))
 
+    def files(self) -> dict[str, str]:
+        """The recording."""
+        return {"path": self.path} if self.path else {}
+
     def check(self, num_experts: int) -> list[str]:
         """See :meth:`GateConfig.check`."""
         problems = []
@@ -62,12 +66,18 @@ class ReplayGate(LinearGate):
 
     config_type = ReplayConfig
     config: ReplayConfig
+    interchangeable_experts = False
     weight_sum = "one"
 
     def __init__(self, config: ReplayConfig, dim: int, num_experts: int) -> None:
         super().__init__(config, dim, num_experts)
         self._recorded: Recorded = {}
         self._steps = 0
+
+    @property
+    def trains_as_it_serves(self) -> bool:
+        """No: only training repeats what was recorded."""
+        return False
 
     def choose(self, logits_TE: Tensor, inp: GateInput) -> tuple[RoutingPlan, dict[str, Tensor]]:
         """See :meth:`LinearGate.choose`."""
@@ -112,7 +122,10 @@ class ReplayGate(LinearGate):
 
 @contextmanager
 def record_routing(model: nn.Module, path: str | Path) -> Iterator[None]:
-    """Record what every gate of ``model`` chooses in training within this block; written to ``path`` at its end."""
+    """Record what every gate of ``model`` chooses in training within this block; written to ``path`` at its end.
+
+    On one process: of several, each would write what its own tokens did.
+    """
     recorded: dict[str, Tensor] = {}
 
     def note(gate: nn.Module, args: tuple[Any, ...], out: GateOutput) -> None:

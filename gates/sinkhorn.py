@@ -49,7 +49,10 @@ class SinkhornConfig(PotentialConfig):
         if self.k > num_experts:
             problems.append(f"k: {self.k} experts per token, but there are only {num_experts}")
         if self.renormalise and self.k == 1:
-            problems.append("renormalise: with k=1 it makes every weight 1; set it to false")
+            problems.append(
+                "renormalise: with k=1 it makes every weight 1, so that the task does not train the gate; set it to"
+                " false"
+            )
         return problems
 
 

@@ -51,6 +51,7 @@ class SoftGate(Gate):
 
     config_type = SoftConfig
     config: SoftConfig
+    interchangeable_experts = False
     causality = Causality.BATCH
     weight_sum = "one"
 

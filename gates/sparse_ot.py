@@ -6,13 +6,15 @@ its router in V-MoE. Scores are softmax(logits) (or the logits), and the non-zer
 ``orientation: token``   columns are tokens with at most k experts; the dual variable is one number an expert, whose
                          running mean serves generation: a token's plan by a frozen number needs no other token.
 ``orientation: expert``  columns are experts with at most C = capacity_factor * T / E tokens; tokens that no expert
-would
-                         have chosen are covered (the paper's main use). Generation routes by a threshold per expert.
+                         would have chosen are covered (the paper's main use). Its dual variable is one number a token,
+                         which no later token has. So generation routes by the experts' thresholds: a token visits the
+                         expert whose threshold it clears best (or misses least, so that it is covered here too), and
+                         those that come within a ``slack``, with which it would have been as many pairs in training.
 
 The plan chooses; weights are softmax(logits) at the chosen pairs, as in the reference. ``weights: plan`` takes the
 plan's entries instead, whose gradient is that of the transport problem on its support (both marginals held). ``preset:
-reference`` is gamma=1, similarity=softmax, solver=adam (20 steps of 1e-2 from zeros). At k=1 the plan is an assignment,
-solved exactly, with even loads.
+reference`` is gamma=1, similarity=softmax, solver=adam (20 steps of 1e-2 from zeros). At k=1, and by experts where
+E C = T (unless solver=adam is asked for), the plan is an assignment, solved exactly, with even loads.
 
 Shape suffixes: T tokens, E experts, K experts per token, C tokens per expert, N pairs.
 """
@@ -84,6 +86,16 @@ class SparseOTConfig(PotentialConfig):
         token = self.orientation == "token"
         no_gradient = "makes every weight 1, so that the task does not train the gate"
         rules = [
+            (
+                "capacity_factor",
+                not token and self.capacity_factor > num_experts,
+                f"{self.capacity_factor:g} experts per token, but there are only {num_experts}",
+            ),
+            (
+                "renormalise",
+                not token and self.capacity_factor <= 1 and self.renormalise,
+                f"with about one expert per token it {no_gradient}",
+            ),
             ("k", token and self.k > num_experts, f"{self.k} experts per token, but there are only {num_experts}"),
             ("k", not token and self.k != 2, "has no effect with orientation=expert; set capacity_factor"),
             ("capacity_factor", token and self.capacity_factor != 1, "has no effect with orientation=token; set k"),
@@ -108,7 +120,7 @@ class SparseOTConfig(PotentialConfig):
 class SparseOTGate(PotentialGate):
     """A linear gate whose pairs are the non-zeros of a transport plan. See the module.
 
-    With orientation=expert the buffer ``potential`` holds the experts' thresholds.
+    With orientation=expert the buffer ``potential`` holds minus the experts' thresholds, and the slack after them.
     """
 
     config_type = SparseOTConfig
@@ -118,6 +130,11 @@ class SparseOTGate(PotentialGate):
         super().__init__(config, dim, num_experts)
         renormalised = config.renormalise and config.orientation == "token"
         self.weight_sum = "one" if renormalised else "at_most_one" if config.weights == "softmax" else "free"
+
+    @property
+    def num_potentials(self) -> int:
+        """E, and the slack with orientation=expert."""
+        return self.num_experts + (self.config.orientation == "expert")
 
     @property
     def max_k(self) -> int | None:
@@ -154,6 +171,12 @@ class SparseOTGate(PotentialGate):
         num_tokens, num_experts = similar_TE.shape
         config = self.config
         capacity = min(num_tokens, expert_capacity(num_tokens, 1, num_experts, config.capacity_factor))
+        if (
+            capacity * num_experts == num_tokens and config.solver != "adam"
+        ):  # room for exactly one expert a token: an assignment, solved exactly
+            expert_T, bonus_E = balanced_assignment(similar_TE, torch.full((num_experts,), capacity))
+            plan = RoutingPlan.from_topk(expert_T.unsqueeze(1), similar_TE, num_experts)
+            return plan, torch.cat([bonus_E, bonus_E.new_zeros(1)]).to(similar_TE.dtype)
         solved = solve_semi_dual(
             similar_TE.t().contiguous(),
             capacity,
@@ -165,23 +188,28 @@ class SparseOTGate(PotentialGate):
             learning_rate=config.learning_rate,
         )
         plan_TE = solved.columns.dense(num_tokens).t()
-        mask_TE = plan_TE > 0
-        plan = RoutingPlan.from_mask(mask_TE, plan_TE)
-        # The C-th best score of each column: where a threshold would give the same load.
+        plan = RoutingPlan.from_mask(plan_TE > 0, plan_TE)
+        # A column takes what is above its threshold, tokens' potentials included.
         load_E = plan.load_E.clamp(1, num_tokens)
-        ranked_TE = similar_TE.sort(0, descending=True).values
+        ranked_TE = (similar_TE + solved.alpha_N.unsqueeze(1)).sort(0, descending=True).values
         last_E = ranked_TE.gather(0, (load_E - 1).unsqueeze(0)).squeeze(0)
         next_E = ranked_TE.gather(0, load_E.clamp_max(num_tokens - 1).unsqueeze(0)).squeeze(0)
-        return plan, between(last_E, next_E)
+        threshold_E = between(last_E, next_E)
+        threshold_E = threshold_E - threshold_E.mean()
+        behind_TE = _behind_best(similar_TE - threshold_E)
+        pairs = plan.num_pairs
+        slack = behind_TE.flatten().kthvalue(pairs).values if pairs > num_tokens else threshold_E.new_zeros(())
+        return plan, torch.cat([-threshold_E, slack.unsqueeze(0)])
 
     def choose_frozen(self, logits_TE: Tensor, potential_E: Tensor) -> RoutingPlan:
-        """Each token's own projection of potential + score; orientation=expert: scores above the thresholds."""
+        """Each token's own projection of potential + score; orientation=expert: by thresholds, see the module."""
         config, similar_TE = self.config, self._similarity(logits_TE)
         if config.orientation == "expert" and not int(self.potential_steps):  # no thresholds yet
             wanted = max(1, round(config.experts_per_token(self.num_experts)))
             return RoutingPlan.from_topk(top_k(similar_TE, wanted), similar_TE, self.num_experts)
         if config.orientation == "expert":
-            return RoutingPlan.from_mask(similar_TE > potential_E, similar_TE)
+            threshold_E, slack = -potential_E[:-1], potential_E[-1]
+            return RoutingPlan.from_mask(_behind_best(similar_TE - threshold_E) <= slack, similar_TE)
         rows = project_sparse_simplex((similar_TE + potential_E) / config.gamma, config.k)
         mask_TE = torch.zeros_like(similar_TE, dtype=torch.bool).scatter_(1, rows.index_BK, rows.value_BK > 0)
         return RoutingPlan.from_mask(mask_TE, similar_TE)
@@ -203,3 +231,8 @@ class SparseOTGate(PotentialGate):
 
     def _similarity(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1) if self.config.similarity == "softmax" else logits_TE
+
+
+def _behind_best(score_TE: Tensor) -> Tensor:
+    """(T, E) how far each entry is below the best of its row."""
+    return score_TE.amax(-1, keepdim=True) - score_TE

@@ -48,6 +48,11 @@ class TopPConfig(LinearGateConfig):
         problems = []
         if self.mean_k is not None and not 1 <= self.mean_k <= most:
             problems.append(f"mean_k: {self.mean_k:g} must be from 1 to {most}, the most experts of one token")
+        if most == 1 and self.renormalise and num_experts > 1:
+            problems.append(
+                "renormalise: with max_k=1 it makes every weight 1, so that the task does not train the gate; set it to"
+                " false"
+            )
         for name in ("proportional", "integral"):
             if self.mean_k is None and getattr(self, name) != type(self).model_fields[name].default:
                 problems.append(f"{name}: has no effect without mean_k")

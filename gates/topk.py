@@ -137,7 +137,12 @@ class TopKConfig(GateConfig):
         shifted = self.balance != "aux" or groups > 1
         load, kept = self.load_coef > 0, self.renormalise_kept
         rules = [
-            ("k", self.k > num_experts, f"{self.k} experts per token, but there are only {num_experts}"),
+            (
+                "k",
+                self.k > num_experts,
+                f"{self.k} experts per token, but there are only {num_experts}"
+                + ("; with k=1 set renormalise to false as well" if num_experts == 1 and self.renormalise else ""),
+            ),
             ("renormalise", self.renormalise and self.k == 1, f"with k=1 it {no_gradient}; set it to false"),
             ("order", chosen_softmax and self.k == 1, f"a softmax over one choice {no_gradient}; use score_then_topk"),
             ("num_groups", not divides, f"{groups} groups do not divide {num_experts} experts evenly"),
@@ -195,6 +200,7 @@ class TopKGate(Gate):
 
     def _declare(self) -> None:
         config = self.config
+        self.interchangeable_experts = config.num_groups == 1
         if config.capacity_factor is None:
             self.causality = Causality.PER_TOKEN
         else:
@@ -229,6 +235,8 @@ class TopKGate(Gate):
         check_finite(logits_TE, config.name)
         std = self._noise_std(x_TD) if rng is not None else None
         noisy_TE = logits_TE if std is None or rng is None else logits_TE + std * _draw(torch.randn, logits_TE, rng)
+        if noisy_TE is not logits_TE:
+            check_finite(noisy_TE, config.name)
 
         expert_TK = self._select(noisy_TE, rng) if inp.replay is None else self._replayed_selection(inp.replay)
         probs_TE = None

@@ -70,6 +70,7 @@ class ZeroComputationGate(Gate):
 
     config_type = ZeroComputationConfig
     config: ZeroComputationConfig
+    interchangeable_experts = False
     weight_sum = "at_most_one"
 
     def __init__(self, config: ZeroComputationConfig, dim: int, num_experts: int) -> None:
@@ -120,6 +121,7 @@ class ZeroComputationGate(Gate):
         plan = RoutingPlan.from_mask(mask_TE, weight_TE)
         plan = replace(plan, undispatched=RoutingPlan.from_mask(mask_TZ, weight_TZ))
         added_TD = self._compute(inp.x_TD, weight_TZ)
+        check_finite(added_TD, self.config.name)
         if not inp.with_losses:
             return GateOutput(plan, logits_TE=logits_TA, added_TD=added_TD)
         metrics = plan_metrics(plan)

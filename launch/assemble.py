@@ -52,6 +52,8 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
     if args.dry_run:
         from launch.estimate import print_dry_run
 
+        if not checkpoint and (missing := config.missing_files()):
+            raise ConfigError(missing)
         print_dry_run(config)
         return 0
     set_determinism(config)
@@ -63,6 +65,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         Interrupt(announce=topology.is_first) as interrupt,
     ):
         problems = config.check(topology.world_size)
+        problems += [] if checkpoint else config.missing_files()
         if problems:
             raise ConfigError(problems)
         check_same_config(topology, config)
@@ -182,7 +185,11 @@ def resolve(
     structural, _ = structural_difference(stored, config)
     if structural:
         raise ConfigError(
-            [f"{line}  (checkpoint {path} cannot be continued with another structure)" for line in structural]
+            [
+                f"{line}  (checkpoint {path} cannot be continued with another structure; without --resume a new run"
+                " begins)"
+                for line in structural
+            ]
         )
     if config.train.steps < info.step:
         raise ConfigError([f"train.steps: {config.train.steps} steps are over already: {path} is of step {info.step}"])
@@ -280,6 +287,11 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Check
     vocab = config.model.vocab_size
     if vocab is not None and vocab < tokenizer.vocab_size:
         raise ConfigError([f"model.vocab_size: {vocab} is less than the tokenizer's {tokenizer.vocab_size} tokens"])
+    known = getattr(config.gate, "vocab_size", None)
+    if known is not None and known < tokenizer.vocab_size:
+        raise ConfigError(
+            [f"gate.vocab_size: the table has {known} ids, fewer than the tokenizer's {tokenizer.vocab_size}"]
+        )
     model = config.model.model_copy(update={"vocab_size": vocab or tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
 
@@ -292,26 +304,22 @@ def build_model(
     Weights are the same however they are spread, because each tensor is seeded by its name.
 
     Raises:
-        ConfigError: the gate looks at the whole batch and has no causal surrogate, so no text could be generated.
+        ConfigError: a file that the gate reads is not what it should be.
     """
     sharded = config.parallel.mode != "local" and config.model.num_moe_layers > 0
-    model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
-    for layer, gate in model.gates():
-        if not gate.generates_text:
-            raise ConfigError(
-                [
-                    f"gate.name: {config.gate.name!r} routes a token by looking at later ones (causality BATCH) and"
-                    f" declares nothing to use for generation; layer {layer} of a causal language model cannot use it."
-                    " It works in a MoELayer of a model that is not causal. Other gates that look at the whole batch,"
-                    " expert_choice and sparse_ot among them, generate by thresholds that they learn on the way"
-                ]
-            )
+    try:
+        model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
     experts = None
     if sharded:
         state = checkpoint.values.get("parallel") if checkpoint else None
         experts = ExpertEngine(model, topology, config.parallel, compute_dtype=compute_dtype, state=state)
-    model.init_weights(config.run.seed)
+    try:
+        model.init_weights(config.run.seed)
+    except ValueError as error:  # of a gate's file
+        raise ConfigError([str(error)]) from error
     dtype = torch.float64 if config.train.compute_dtype == "fp64" else torch.float32
     return model.to(topology.device, dtype), experts
 

@@ -5,12 +5,13 @@ A run is one YAML file plus dotted overrides; ``launch/config_file.py`` reads th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from gates import GateField, TopKConfig
+from gates import GateField, TopKConfig, build_gate
 from moe.config import ModelConfig
 from parallel.config import ParallelConfig
 
@@ -129,6 +130,8 @@ class TrainConfig(Section):
         problems = [f"model.{p}" for p in self.model.check()]
         problems += [f"gate.{p}" for p in self.gate.check(self.model.moe.num_experts)]
         problems += [f"gate.{p}" for p in self.gate.check_schedules(self.train.steps)]
+        if not problems:
+            problems += self._check_generation()
         batch, micro = self.train.global_batch, self.train.micro_batch
         if batch % world_size:
             problems.append(f"train.global_batch: {batch} sequences do not split evenly over {world_size} ranks")
@@ -152,6 +155,30 @@ class TrainConfig(Section):
         if (tokenizer.kind == "file") != (tokenizer.path is not None):
             problems.append("data.tokenizer.path: goes with kind: file, and kind: file needs it")
         return problems
+
+    def _check_generation(self) -> list[str]:
+        """A causal model needs a gate that looks at no later token, or has a stand-in for generation."""
+        try:
+            with torch.device("meta"):
+                gate = build_gate(self.gate, self.model.dim, self.model.moe.num_experts)
+        except ValueError as error:  # of a file that it reads
+            return [str(error)]
+        if gate.generates_text:
+            return []
+        return [
+            f"gate.name: {self.gate.name!r} routes a token by looking at later ones (causality BATCH) and declares"
+            " nothing to use for generation, so a causal language model cannot use it. It works in a MoELayer of a"
+            " model that is not causal. Other gates that look at the whole batch, expert_choice and sparse_ot among"
+            " them, generate by thresholds that they learn on the way"
+        ]
+
+    def missing_files(self) -> list[str]:
+        """Files that a new run would read and that are not there, as ``"path: message"``."""
+        return [
+            f"gate.{field}: there is no file {path}"
+            for field, path in self.gate.files().items()
+            if not Path(path).is_file()
+        ]
 
     def _check_tracking(self) -> list[str]:
         problems = []

@@ -105,7 +105,8 @@ def evaluate_path(path: str, overrides: list[str]) -> dict[str, float | int]:
         overrides: dotted changes to that config, ``data.sources=[...]`` for another corpus.
 
     Returns:
-        loss, bits_per_byte, tokens and text_bytes.
+        loss, bits_per_byte, tokens and text_bytes; for a gate that looks at the whole batch what
+        :attr:`EvalResult.surrogate` has, each name with "surrogate_" before it.
     """
     from launch.config_file import config_from_values
     from launch.run_dir import resolve_model_dir
@@ -134,4 +135,5 @@ def evaluate_path(path: str, overrides: list[str]) -> dict[str, float | int]:
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,
         "text_bytes": result.text_bytes,
+        **{f"surrogate_{name}": value for name, value in result.surrogate.items()},
     }

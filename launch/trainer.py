@@ -36,6 +36,8 @@ from parallel.chrome_trace import chrome_trace
 from parallel.model import ParallelModel
 from parallel.topology import Topology
 
+WAY_OUT = "A lower optim.lr or a longer optim.warmup_steps usually helps."
+
 
 class Trainer:
     """One run's training state and the loop over it. ``step`` is the number of finished optimizer steps."""
@@ -152,7 +154,7 @@ class Trainer:
             except GateNumericsError as error:
                 if self.config.gate.reduces_in_forward() or self.parallel.in_lockstep:
                     # The others wait in a collective of their own forward: only this rank's end can tell them.
-                    raise NumericsError(f"step {step + 1}: {error}") from error
+                    raise NumericsError(f"step {step + 1}: {error}. {WAY_OUT}") from error
                 stats.bad = True  # the other ranks learn of it in this step's collectives
                 break
             stats.add(output, nats, tokens)
@@ -297,7 +299,7 @@ class Trainer:
         try:
             yield
         except GateNumericsError as error:
-            raise NumericsError(f"{what} after step {self.step}: {error}") from error
+            raise NumericsError(f"{what} after step {self.step}: {error}. {WAY_OUT}") from error
 
     def _checkpoint(self, must_succeed: bool) -> None:
         tensors = training_tensors(self.model, self.optimizer)
@@ -343,8 +345,7 @@ class Trainer:
         raise NumericsError(
             f"step {self.step + 1}: loss {stats.loss:.4g}, gradient norm {self._grad_norm:.4g}. "
             + (everyone[0] if everyone else "no single layer is to blame: the forward pass is finite when repeated")
-            + ". Training stopped before the weights were touched. A lower optim.lr or a longer optim.warmup_steps"
-            " usually helps."
+            + f". Training stopped before the weights were touched. {WAY_OUT}"
         )
 
     # --- state ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,11 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"balance": "quantile"},
     ],
     "comet": [{}, {"k": 1, "gamma": 0.01}, {"k": 3, "gamma": 10.0, "normalise": False, "entropy_warmup": 2}],
-    "deepseek_v3": [{}, {"num_groups": 2, "topk_groups": 1, "k": 1, "renormalise": False}],
+    "deepseek_v3": [
+        {},
+        {"num_groups": 2, "topk_groups": 1, "k": 1, "renormalise": False},
+        {"num_groups": 1, "topk_groups": 1},
+    ],
     "dense_to_sparse": [
         {"decay": 4, "harden": 100},
         {"decay": 2, "harden": 1, "noise": False, "decay_shape": "linear"},
@@ -61,15 +65,18 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "expert_choice": [{}, {"capacity_factor": 1.0, "max_k": 1}, {"thresholds_from": 2, "cover": True}],
     "feature_choice": [{}, {"alpha": 0.0, "affinity": "softmax"}, {"affinity": "relu", "max_k": 2}],
     "forced": [{}, {"imbalance": 1.5, "drift": 0.5}, {"k": 1, "imbalance": 2.0, "seed": 3}],
+    "gshard": [{}, {"k": 1, "noise": "none", "renormalise": False, "renormalise_kept": False}],
     "hash": [{}, {"k": 2, "seed": 5}],
     "local_search": [
         {"search": 2},
         {"search": 100, "gate": {"name": "comet"}, "noise": 0.1},
         {"search": 4, "gate": {"name": "topk", "balance": "bias"}, "preset": "paper"},
         {"search": 1, "gate": {"name": "zero_computation"}},
+        {"search": 2, "gate": {"name": "comet", "k": 1}},
         {"search": 1, "gate": {"name": "expert_choice"}},
     ],
-    "mutual_choice": [{}, {"affinity": "relu", "load_cap": None, "mean_k": 1.5}],
+    "mutual_choice": [{}, {"affinity": "relu", "load_cap": None, "mean_k": 1.5}, {"load_cap": 1.0}],
+    "noisy_topk": [{}, {"load_coef": 0.0}],
     "relu": [{}, {"k": 1, "max_k": 2, "l1_start": 1.0, "bias": False}],
     "replay": [{"path": str(RECORDING), "strict": False}],
     "sinkhorn": [{}, {"k": 2, "renormalise": True}, {"k": 2, "temperature": 0.1}],
@@ -85,24 +92,6 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "top_p": [{}, {"mean_k": 2.0, "max_k": None, "renormalise": False}],
     "zero_computation": [{}, {"k": 3, "zero_experts": 0, "copy_experts": 2, "constant_experts": 0, "residual": False}],
 }
-
-# Experts of these are not interchangeable: they stand in groups of neighbours, in a tree, or under a code.
-NOT_EQUIVARIANT_OPTIONS = (
-    "num_groups",
-    "solver",
-    "orientation",
-)  # solvers cut short follow rounding where optima are many
-NOT_EQUIVARIANT = (
-    "comet",
-    "deepseek_v3",
-    "dselect_k",
-    "forced",
-    "hash",
-    "local_search",
-    "replay",
-    "soft",
-    "zero_computation",
-)
 
 
 @dataclass(frozen=True)
@@ -133,8 +122,15 @@ class Case:
 
     @property
     def equivariant(self) -> bool:
-        options = any(key in self.options for key in NOT_EQUIVARIANT_OPTIONS)
-        return self.name not in NOT_EQUIVARIANT and not options
+        # A solver that is cut short follows rounding where optima are many.
+        return self.gate().interchangeable_experts and "iterations" not in self.options
+
+    def with_one_expert(self) -> list[Case]:
+        """These options, and what would make them fit a single expert."""
+        fields = type(self.config).model_fields
+        more = [{"k": 1}, {"k": 1, "renormalise": False}, {"mean_k": 1.0}, {"capacity_factor": 1.0}]
+        changes = [{}, *(change for change in more if change.keys() <= fields.keys())]
+        return [Case(self.name, {**self.options, **change}) for change in changes]
 
     def gate(self, num_experts: int | None = None, seed: int = 0, *, double: bool = False) -> Gate:
         """A gate whose parameters are far from their initial values, so that tokens differ in what they choose."""

@@ -108,6 +108,10 @@ def evaluate(
     print(f"bits per byte  {result['bits_per_byte']:.4f}")
     print(f"loss           {result['loss']:.4f} nats per token")
     print(f"over           {result['tokens']:,} tokens, {result['text_bytes']:,} bytes of text")
+    if "surrogate_agreement" in result:
+        agreement, served, trained = (result[f"surrogate_{name}"] for name in ("agreement", "max_vio", "batch_max_vio"))
+        print(f"routing        as generation does; {agreement:.0%} of pairs as in training,")
+        print(f"               max / mean load {1 + served:.2f}, in training {1 + trained:.2f}")
 
 
 def _refuse_changes_without_effect(changes: list[str]) -> None:

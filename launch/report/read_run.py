@@ -154,11 +154,11 @@ def _add_line(run: RunData, line: str) -> None:
         run.samples = [r for r in run.samples if whole(r.get("step")) <= begin]
         run.timeline.drop_after(begin)
     elif kind == "train":
-        # A process averages from where it began, which may lie inside an interval of the one before.
-        before = max(whole(run.train[-1]["step"]) if run.train else 0, run.starts[-1] if run.starts else 0)
+        # Loads are counted on across a resume, times begin anew with the process, which may be inside an interval.
+        logged = whole(run.train[-1]["step"]) if run.train else 0
         row["step"] = step
-        row["covers_steps"] = max(1, step - before)
-        run.timeline.add(before, step, row.pop("load_LE", None))
+        row["covers_steps"] = max(1, step - max(logged, run.starts[-1] if run.starts else 0))
+        run.timeline.add(logged, step, row.pop("load_LE", None))
         run.train.append(row)
     elif kind == "eval":
         run.evals.append(row)

@@ -302,31 +302,50 @@ def skewed_stream(num_tokens: int, num_experts: int, batches: int) -> list[Tenso
     return [draw(num_tokens, num_experts, seed=200 + i) + skew_E for i in range(batches)]
 
 
-@pytest.mark.parametrize("name", ["sparse_ot", "base"])
-def test_one_batch_makes_a_good_surrogate(name: str) -> None:
-    """T=512, E=16: the plan of the next batch by the potential of the last (gates.md, section 7)."""
+ONE_EXPERT_EACH: list[dict[str, Any]] = [
+    {"name": "sparse_ot", "k": 1},
+    {"name": "sparse_ot", "orientation": "expert"},
+    {"name": "base"},
+    {"name": "sinkhorn"},
+    {"name": "expert_choice", "capacity_factor": 1.0},
+]
+MORE_EACH: list[dict[str, Any]] = [
+    {"name": "sparse_ot"},
+    {"name": "sparse_ot", "k": 4},
+    {"name": "sparse_ot", "orientation": "expert", "capacity_factor": 2.0},
+    {"name": "sinkhorn", "k": 2},
+    {"name": "expert_choice"},
+    {"name": "feature_choice"},
+    {"name": "mutual_choice"},
+    {"name": "mutual_choice", "load_cap": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", [*ONE_EXPERT_EACH, *MORE_EACH])
+def test_one_batch_makes_a_good_surrogate(options: dict[str, Any]) -> None:
+    """T=512, E=16: the plan of the next batch by the numbers of the last (gates.md, section 7)."""
     before, after = skewed_stream(512, 16, 2)
-    gate = make_gate(16, name=name, **({"k": 1} if name == "sparse_ot" else {}))
+    gate = make_gate(16, **options)
     train_on(gate, before)
     wanted = gate(GateInput(after)).plan
     served = surrogate_of(gate)(GateInput(after)).plan
-    top_1_E = torch.bincount(after.argmax(-1), minlength=16)
-    top_1_vio = float(top_1_E.max()) / 32 - 1
-    assert top_1_vio > 1, "the stream is not skewed"
-    assert max_vio(wanted.load_E).item() == pytest.approx(0, abs=1e-6)
     assert agreement(served, wanted).item() >= 0.65
-    assert max_vio(served.load_E).item() < top_1_vio / 2
+    top_1_vio = float(torch.bincount(after.argmax(-1), minlength=16).max()) / 32 - 1
+    assert top_1_vio > 1, "the stream is not skewed"
+    if options in ONE_EXPERT_EACH:
+        assert max_vio(served.load_E).item() < top_1_vio / 2
 
 
-def test_one_batch_makes_a_good_threshold_for_experts() -> None:
-    """orientation=expert serves by a score per expert, so the loads of the next batch are near the capacity."""
-    before, after = skewed_stream(512, 16, 2)
-    gate = make_gate(16, name="sparse_ot", orientation="expert", capacity_factor=1.0, gamma=0.1)
-    out = train_on(gate, before)
-    again = surrogate_of(gate)(GateInput(before)).plan
-    assert again.load_E.tolist() == out.plan.load_E.tolist()
-    served = surrogate_of(gate)(GateInput(after)).plan
-    assert max_vio(served.load_E).item() < 0.6
+@pytest.mark.parametrize("capacity_factor", [1.0, 1.25, 2.0])
+def test_thresholds_of_experts_repeat_most_of_their_own_plan(capacity_factor: float) -> None:
+    """orientation=expert: every token is covered, as many pairs as the plan has, and at factor 1 nearly its own."""
+    (logits_TE,) = skewed_stream(512, 16, 1)
+    gate = make_gate(16, name="sparse_ot", orientation="expert", capacity_factor=capacity_factor)
+    plan = train_on(gate, logits_TE).plan
+    again = surrogate_of(gate)(GateInput(logits_TE)).plan
+    assert again.row_ptr_T1.diff().min() >= 1
+    assert again.num_pairs == pytest.approx(plan.num_pairs, rel=0.01)
+    assert agreement(again, plan).item() >= (0.95 if capacity_factor == 1 else 0.65)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

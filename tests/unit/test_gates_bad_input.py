@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gates import GateInput, Mode, build_gate
+from gates import GateInput, Mode, build_gate, parse_gate_config
 from moe import MoELayer
 
 pytestmark = pytest.mark.unit
@@ -38,12 +38,71 @@ pytestmark = pytest.mark.unit
         ({"name": "topk", "balance": "quantile", "k": 4}, 4, "balance: with k = E there is nothing to balance"),
         ({"name": "topk", "quantile_rate": 0.5}, 4, "quantile_rate: has no effect without balance=quantile"),
         ({"name": "replay"}, 4, "path: name the file to repeat"),
+        ({"name": "top_p", "max_k": 1}, 4, "renormalise: with max_k=1 it makes every weight 1, so that the task does"),
+        ({"name": "sinkhorn", "renormalise": True}, 4, "renormalise: with k=1 it makes every weight 1, so that the"),
+        (
+            {"name": "sparse_ot", "orientation": "expert", "renormalise": True},
+            4,
+            "renormalise: with about one expert per token it makes every weight 1",
+        ),
+        ({"name": "expert_choice", "capacity_factor": 9.0}, 4, "capacity_factor: 9 experts per token, but there are"),
+        (
+            {"name": "sparse_ot", "orientation": "expert", "capacity_factor": 9.0},
+            4,
+            "capacity_factor: 9 experts per token, but there are only 4",
+        ),
+        ({"name": "topk"}, 1, "k: 2 experts per token, but there are only 1; with k=1 set renormalise to false"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], experts: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"gate '{options['name']}' with {experts} experts: .*") as caught:
         build_gate(options, 8, experts)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (1.0, "1.0 is no share of the training run below 1; for a number of optimizer steps leave out the point"),
+        (-1, "-1 optimizer steps are less than none"),
+        ("long", "must be a whole number of optimizer steps, or a share of the training run below 1"),
+        (True, "must be a whole number of optimizer steps, or a share of the training run below 1"),
+    ],
+)
+def test_lengths_of_schedules_are_steps_or_a_share(length: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="search") as caught:
+        build_gate({"name": "local_search", "search": length}, 8, 4)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "expert_choice", "thresholds_from": 20}, "thresholds_from: step 20 never comes, training takes 20"),
+        (
+            {"name": "comet", "entropy_warmup": 21},
+            "entropy_warmup: the schedule ends after 21 steps, training after 20",
+        ),
+        ({"name": "local_search", "search": 21}, "search: the schedule ends after 21 steps"),
+        (
+            {"name": "local_search", "gate": {"name": "comet", "entropy_warmup": 30}},
+            "gate.entropy_warmup: the schedule",
+        ),
+    ],
+)
+def test_schedules_past_the_end_of_training_are_named(options: dict[str, Any], message: str) -> None:
+    problems = parse_gate_config(options).check_schedules(20)
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+    assert parse_gate_config(options).check_schedules(100) == []
+
+
+def test_a_short_run_still_searches() -> None:
+    gate = build_gate({"name": "local_search", "search": 0.05}, 8, 4)
+    gate.begin_step(0, 8)
+    assert not bool(gate.get_buffer("frozen"))
+    gate.begin_step(1, 8)
+    assert bool(gate.get_buffer("frozen"))
 
 
 def test_hash_without_ids_says_where_they_go() -> None:

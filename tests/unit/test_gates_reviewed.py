@@ -191,3 +191,19 @@ def test_the_controller_of_relu_sees_what_a_limit_hides() -> None:
     out = gate(GateInput(make_tokens(16), mode=Mode.TRAIN))
     gate.end_step(out.plan.offered_E, out.signals)
     assert float(gate.get_buffer("l1")) > 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_room_for_one_expert_a_token_transport_is_the_best_assignment(seed: int) -> None:
+    linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
+    logits_TE = torch.randn(128, 8, generator=torch.Generator().manual_seed(seed))
+    gate = build_gate({"name": "sparse_ot", "orientation": "expert", "capacity_factor": 1.0}, 8, 8)
+    with torch.no_grad():
+        gate.get_parameter("weight").copy_(torch.eye(8))
+    plan = gate(GateInput(logits_TE, mode=Mode.TRAIN)).plan
+    assert plan.load_E.tolist() == [16] * 8
+    assert plan.row_ptr_T1.diff().tolist() == [1] * 128
+    score = logits_TE.softmax(-1).double().numpy()
+    rows, columns = linear_sum_assignment(score.repeat(16, 1), maximize=True)
+    best = score.repeat(16, 1)[rows, columns].sum()
+    assert score[range(128), plan.expert_N.numpy()].sum() == pytest.approx(best, abs=1e-9)

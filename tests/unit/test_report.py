@@ -241,7 +241,7 @@ def test_a_resume_replaces_what_it_trained_again(tmp_path: Path) -> None:
     again.on_end()
     data = read_run(run)
     assert [(row["step"], row["covers_steps"], row["loss"]) for row in data.train][-2:] == [(20, 10, 4.8), (30, 5, 9.0)]
-    assert [(b.first_step, b.last_step) for b in data.timeline.bins] == [(0, 10), (10, 20), (25, 30)]
+    assert [(b.first_step, b.last_step) for b in data.timeline.bins] == [(0, 10), (10, 20), (20, 30)]
     assert "Resumed at step 25." in report(run).words
 
 
