@@ -148,7 +148,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{args.experts} experts, {args.seeds} seeds, {args.steps} steps; mean (least to most)")
-    print(f"{'gate':32s} {'error / answer':>22s} {'clusters matched':>22s} {'P recovered':>22s}     s")
+    print(f"{'gate':34s} {'expected':>8s} {'error / answer':>22s} {'clusters matched':>22s} {'P recovered':>22s}     s")
     rows = []
     for name in args.gates:
         runs = [
@@ -160,7 +160,8 @@ def main() -> int:
             values = [one[key] for one in runs if key in one]
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.2f} to {max(values):.2f})" if values else "")
         seconds = statistics.mean(one["seconds"] for one in runs)
-        print(f"{name:32s} {cells[0]:>22s} {cells[1]:>22s} {cells[2]:>22s} {seconds:5.1f}", flush=True)
+        expected = "recovers" if "search" in GATES[name] else "stalls"
+        print(f"{name:34s} {expected:>8s} {cells[0]:>22s} {cells[1]:>22s} {cells[2]:>22s} {seconds:5.1f}", flush=True)
         rows.append({"gate": name, "config": GATES[name], "runs": runs})
     if args.json:
         head = {"machine": platform.machine(), "torch": torch.__version__}
