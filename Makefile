@@ -11,13 +11,14 @@ export OMP_NUM_THREADS ?= 1
 # Ranks talk over loopback; without this gloo asks the resolver for this machine's name.
 export GLOO_SOCKET_IFNAME ?= lo
 
-.PHONY: help demo test test-fast test-explore lint types install install-dev train clean
+.PHONY: help demo test test-fast test-explore test-peers lint types install install-dev train clean
 
 help:
 	@echo "make demo       install, train the $(RECIPE) recipe on $(RANKS) processes, print a sample"
 	@echo "make test       install the dev extra, then lint, types, import rules and every test that can run here"
 	@echo "make test-fast  unit and property tests only"
 	@echo "make test-explore  property tests with new random examples"
+	@echo "make test-peers    gates beside DeepSpeed's, Megatron's and transformers' functions (installs them)"
 	@echo "make train      train $(RECIPE) again (RECIPE=name RANKS=n)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -53,6 +54,12 @@ test-fast: install-dev
 # Property tests with new random examples: for nights. What it finds becomes an @example.
 test-explore: install-dev
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/property tests/unit -m unit -n $(JOBS) -q
+
+# Gates beside DeepSpeed's and Megatron's functions, and transformers'. Their own dependencies are not needed for that.
+PEERS := deepspeed==0.19.8 megatron-core==0.16.1 hjson ninja py-cpuinfo einops msgpack psutil
+test-peers: install-dev
+	@DS_BUILD_OPS=0 $(PIP) --no-deps $(PEERS)
+	@DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions $(BIN)/python -m pytest tests/parity -m peer
 
 lint: install-dev
 	@$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gates import build_gate
 from gates.local_search import LocalSearchGate
+from gates.solvers.entropic import schur_newton
 from gates.solvers.relaxed_permutation import relaxed_permutation, solve
 from gates.solvers.sns import sinkhorn_newton_sparse
 
@@ -40,8 +41,9 @@ def methods(gate: LocalSearchGate, score_EE: Tensor, upstream_EE: Tensor) -> dic
     ones_E = torch.ones(size, dtype=torch.float64)
     return {
         "Sinkhorn, recorded": lambda: (gate._relaxed(score_EE) * upstream_EE).sum().backward(),
-        "Newton, implicit": lambda: (relaxed_permutation(score_EE, tau) * upstream_EE).sum().backward(),
+        "exact, implicit": lambda: (relaxed_permutation(score_EE, tau) * upstream_EE).sum().backward(),
         "SNS, forward alone": lambda: sinkhorn_newton_sparse(score_EE.detach(), 1 / tau, ones_E, ones_E),
+        "Newton, forward alone": lambda: schur_newton(score_EE.detach().double(), 1 / tau, ones_E, ones_E),
     }
 
 

@@ -3,8 +3,9 @@
     P = exp((A + x + y) / tau), with x and y such that rows and columns add up to 1
 
 At low temperatures Sinkhorn iterations are far from that in any number that one can afford to differentiate through. So
-P is found by Newton on one potential (``gates.solvers.entropic.schur_newton``) and its gradient by implicit
-differentiation: dP = P (dA + dx + dy) / tau where dx and dy keep the sums, hence
+P is found by Newton on one potential (``gates.solvers.entropic.schur_newton``), for hundreds of experts by
+Sinkhorn-Newton-Sparse (``gates.solvers.sns``), and its gradient by implicit differentiation: dP = P (dA + dx + dy) /
+tau where dx and dy keep the sums, hence
 
     dL/dA = P (G - a - b) / tau,   with a, b such that this has rows and columns of sum 0,   G = dL/dP
 
@@ -22,7 +23,10 @@ import torch
 from torch import Tensor
 
 from gates.solvers.entropic import EntropicPlan, exp_normal, schur_newton
+from gates.solvers.sns import sinkhorn_newton_sparse
 
+SPARSE_FROM = 384
+"""Experts from which on Sinkhorn-Newton-Sparse is the faster one (benchmarks/gates/permutation_time.py)."""
 _DAMPING = 1e-12
 """Beside weights of about 1: where the matrix all but is a permutation, nothing is left to solve for but rounding."""
 
@@ -67,6 +71,10 @@ def relaxed_permutation(score_EE: Tensor, tau: float) -> Tensor:
 
 
 def solve(score_EE: Tensor, tau: float) -> EntropicPlan:
-    """The plan behind :func:`relaxed_permutation`, with its potentials and marginal error."""
+    """The plan behind :func:`relaxed_permutation`, with its potentials and marginal error.
+
+    By SNS where a dense system of E equations costs more than many sparse ones.
+    """
     ones_E = torch.ones(score_EE.shape[0], dtype=torch.float64, device=score_EE.device)
-    return schur_newton(score_EE.detach().double(), 1 / tau, ones_E, ones_E, tolerance=1e-10)
+    solver = sinkhorn_newton_sparse if score_EE.shape[0] >= SPARSE_FROM else schur_newton
+    return solver(score_EE.detach().double(), 1 / tau, ones_E, ones_E, tolerance=1e-10)

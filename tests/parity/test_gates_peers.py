@@ -20,7 +20,7 @@ T, D, E = 96, 16, 8
 
 
 def library(module: str, package: str) -> ModuleType:
-    found = pytest.importorskip(module, reason=f"compares with {package}: pip install {package}", exc_type=ImportError)
+    found = pytest.importorskip(module, reason=f"compares with {package}: make test-peers", exc_type=ImportError)
     assert isinstance(found, ModuleType)
     return found
 

@@ -322,6 +322,27 @@ def test_dselect_k_reachable_loss_is_zero_where_all_codes_name_experts() -> None
     assert out.aux["reachable"].item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+def test_comet_collapses_without_its_balance_loss_and_not_with_it(balanced: bool) -> None:
+    """What sparsifies the trees sends nearly all tokens to one leaf, unless the mass of leaves is kept even."""
+    options = {} if balanced else {"balance_coef": 0.0}
+    gate = build_gate({"name": "comet", "k": 1, **options}, D, 8)
+    rng = torch.Generator().manual_seed(0)
+    gate.reset_parameters(rng)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
+    coefs = gate.config.aux_coefs()
+    for step in range(150):
+        gate.begin_step(step, 150)
+        out = gate(GateInput(torch.randn(256, D, generator=rng) + 0.5, mode=Mode.TRAIN))
+        loss = torch.stack([coefs[name] * value for name, value in out.aux.items()]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    load_E = gate(GateInput(torch.randn(2048, D, generator=rng) + 0.5)).plan.load_E.double()
+    imbalance = float(load_E.max() / load_E.mean())
+    assert imbalance < 1.5 if balanced else imbalance > 4
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Local search
 
