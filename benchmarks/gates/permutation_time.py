@@ -57,7 +57,7 @@ def main() -> int:
     rows = []
     print(f"ms, median (least to most) of {args.rounds} rounds in turn")
     for size in args.experts:
-        gate = build_gate({"name": "local_search", "solver": "sinkhorn", "search": 100}, 8, size)
+        gate = build_gate({"name": "local_search", "solver": "sinkhorn", "search": 100, "max_experts": size}, 8, size)
         assert isinstance(gate, LocalSearchGate)
         for step in (0, 50, 99):
             gate.begin_step(step)
