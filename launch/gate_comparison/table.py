@@ -88,7 +88,9 @@ def columns(report: Report) -> list[Column]:
         ),
         Column(
             "tokens/s",
-            f"of a whole training process, {report.jobs} side by side on this machine",
+            "of a whole training process, "
+            + ("alone" if report.jobs == 1 else f"{report.jobs} side by side")
+            + " on this machine",
             mean(lambda run: run.tokens_per_s, ",.0f"),
         ),
         Column(
