@@ -123,7 +123,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(compare: Compare,
         (("--gates", "commet"), "Did you mean 'comet'"),
         (("--gates", " , "), "names no gate"),
         (("gate.name=comet",), "--options FILE sets them"),
-        (("--gates", "soft"), "declares nothing to generate text with"),
+        (("--gates", "soft"), "declares nothing to use for generation"),
         (("--options", "none.yaml"), "cannot be read"),
     ],
 )
