@@ -88,6 +88,10 @@ class GateConfig(BaseModel):
         """Paths that training reads, by the field that names them."""
         return {}
 
+    def num_ids(self) -> int | None:
+        """Token ids that the gate can route, counted from 0; None for any."""
+        return None
+
     def chooses_experts(self) -> bool:
         """Whether tokens visit experts as they are; not so where experts see mixtures of all tokens (Soft MoE)."""
         return True

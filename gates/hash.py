@@ -46,6 +46,10 @@ class HashConfig(GateConfig):
         """k."""
         return float(min(self.k, num_experts))
 
+    def num_ids(self) -> int | None:
+        """Rows of the table; a hash takes any id."""
+        return self.vocab_size
+
     def files(self) -> dict[str, str]:
         """The table."""
         return {} if self.table == RANDOM else {"table": self.table}

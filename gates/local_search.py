@@ -98,6 +98,10 @@ class LocalSearchConfig(GateConfig):
         """Whether the gate within does."""
         return self.gate.reduces_in_forward()
 
+    def num_ids(self) -> int | None:
+        """Those of the gate within."""
+        return self.gate.num_ids()
+
     def files(self) -> dict[str, str]:
         """Those of the gate within."""
         return {f"gate.{field}": path for field, path in self.gate.files().items()}

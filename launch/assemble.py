@@ -49,11 +49,11 @@ SHARED_FILES_S = 30.0
 def train(args: argparse.Namespace, command: list[str]) -> int:
     """Run what the command line asks for; returns the exit code. Raises UserError for what users can mend."""
     config, checkpoint = resolve(args.config, args.resume, args.overrides)
+    if not checkpoint and (missing := config.missing_files()):
+        raise ConfigError(missing)
     if args.dry_run:
         from launch.estimate import print_dry_run
 
-        if not checkpoint and (missing := config.missing_files()):
-            raise ConfigError(missing)
         print_dry_run(config)
         return 0
     set_determinism(config)
@@ -65,7 +65,6 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         Interrupt(announce=topology.is_first) as interrupt,
     ):
         problems = config.check(topology.world_size)
-        problems += [] if checkpoint else config.missing_files()
         if problems:
             raise ConfigError(problems)
         check_same_config(topology, config)
@@ -287,7 +286,7 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Check
     vocab = config.model.vocab_size
     if vocab is not None and vocab < tokenizer.vocab_size:
         raise ConfigError([f"model.vocab_size: {vocab} is less than the tokenizer's {tokenizer.vocab_size} tokens"])
-    known = getattr(config.gate, "vocab_size", None)
+    known = config.gate.num_ids()
     if known is not None and known < tokenizer.vocab_size:
         raise ConfigError(
             [f"gate.vocab_size: the table has {known} ids, fewer than the tokenizer's {tokenizer.vocab_size}"]
@@ -307,10 +306,7 @@ def build_model(
         ConfigError: a file that the gate reads is not what it should be.
     """
     sharded = config.parallel.mode != "local" and config.model.num_moe_layers > 0
-    try:
-        model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    model = Transformer(config.model, config.gate, expert_device="meta" if sharded else None)
     compute_dtype = COMPUTE_DTYPES[config.train.compute_dtype]
     experts = None
     if sharded:

@@ -4,9 +4,9 @@
 
 Tokens are Gaussian around a mean that favours some experts, the gate is the identity and is not trained; only what a
 gate moves by itself does. For "topk, balance loss" the gate's weight follows that loss and nothing else (SGD).
-Imbalance is max / mean load of the ``--tail`` last steps added up, since with few tokens a
-step no rule can be even by more than chance: ``chance`` is what perfectly even probabilities give there. For gates that
-look at the whole batch the row "served" routes each token alone, as generation does.
+Imbalance is max / mean load of the ``--tail`` last steps added up, since with few tokens a step no rule can be even by
+more than chance: ``chance`` is what perfectly even probabilities give there. For gates that look at the whole batch the
+row "served" routes each token alone, as generation does.
 
 Expected: below 1.1 for the biases (1.05 after about 1 / update rate steps), quantiles and transport with one expert a
 token; top-k alone stays where it is; with two experts a token transport's rows are met only where its semi-dual is
@@ -65,7 +65,15 @@ EXPECTED = {
     "base": "1",
     "expert_choice": "1",
 }
-MUST_MEET = ("topk bias, sigmoid", "topk quantile", "sparse_ot k=1", "expert_choice")
+MUST_MEET = (
+    "topk bias, sigmoid",
+    "topk quantile",
+    "sparse_ot k=2",
+    "sparse_ot k=1",
+    "sinkhorn k=1",
+    "base",
+    "expert_choice",
+)
 
 
 class Stream:

@@ -4,9 +4,9 @@
 
 Both let each expert take at most C = capacity_factor * T / E of T tokens, by softmax of standard normal logits that
 are drawn anew for each seed. The transport plan (gamma 1) must give every token its share, so that it covers those
-that no expert would have chosen. At factor 1.0 that is an assignment, solved exactly; else L-BFGS takes at most
-150 iterations, as Adam does here;
-"adam 20" is the reference's (Liu et al., arXiv:2209.15466, in V-MoE), which stops after 20.
+that no expert would have chosen. At factor 1.0 that is an assignment, solved exactly; else L-BFGS takes at most 150
+iterations, as Adam does here; "adam 20" is the reference's (Liu et al., arXiv:2209.15466, in V-MoE), which stops after
+20.
 
 Expected, measured before for T = 128, E = 8: expert choice leaves 18 / 7 / 3 / 0 tokens at capacity factors 1.0 / 1.25
 / 1.5 / 2.0, transport at most 2.
