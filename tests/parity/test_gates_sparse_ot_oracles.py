@@ -16,34 +16,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gates import GateInput, Mode, build_gate
+from gates import GateInput, Mode
 from gates.linear import LinearGate
 from gates.solvers.sparse_ot import SemiDual, solve_semi_dual
+from tests import routing_oracles as shared
+from tests.routing_oracles import Array, draw, softmax
 
 pytestmark = pytest.mark.unit
-Array = NDArray[np.float64]
 T, E = 128, 8
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def softmax(logits: Array) -> Array:
-    mass = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(mass / mass.sum(1, keepdims=True))
-
-
 def make_gate(**options: Any) -> LinearGate:
-    """Its tokens are their own logits."""
-    gate = build_gate({"name": "sparse_ot", **options}, E, E).double()
+    gate = shared.make_gate(E, name="sparse_ot", **options)
     assert isinstance(gate, LinearGate)
-    with torch.no_grad():
-        gate.weight.copy_(torch.eye(E))
     return gate
 
 

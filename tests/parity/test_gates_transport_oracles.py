@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gates import GateInput, GateOutput, Mode, RoutingPlan, build_gate
+from gates import GateInput, Mode, RoutingPlan
 from gates.linear import LinearGate
 from gates.metrics import agreement, max_vio
 from gates.potentials import PotentialGate
@@ -23,9 +23,9 @@ from gates.solvers.assignment import balanced_assignment
 from gates.solvers.plan_gradient import row_weights, transport_weights
 from gates.solvers.sparse_ot import SemiDual, solve_dual, solve_semi_dual
 from gates.solvers.sparse_simplex import project_sparse_simplex
+from tests.routing_oracles import Array, draw, make_gate, train_on, visits
 
 pytestmark = pytest.mark.unit
-Array = NDArray[np.float64]
 
 
 def quiet(function: Any, *args: Any, **options: Any) -> Any:
@@ -34,36 +34,10 @@ def quiet(function: Any, *args: Any, **options: Any) -> Any:
         return function(*args, **options)
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def make_gate(num_experts: int, **options: Any) -> LinearGate:
-    """Its tokens are their own logits."""
-    gate = build_gate(options, num_experts, num_experts).double()
-    assert isinstance(gate, LinearGate)
-    with torch.no_grad():
-        gate.weight.copy_(torch.eye(num_experts))
-    return gate
-
-
-def train_on(gate: LinearGate, logits_TE: Tensor) -> GateOutput:
-    """One step's forward and its end."""
-    out: GateOutput = gate(GateInput(logits_TE, mode=Mode.TRAIN))
-    gate.end_step(out.plan.offered_E, out.signals)
-    return out
-
-
 def surrogate_of(gate: LinearGate) -> LinearGate:
     surrogate = gate.causal_surrogate()
     assert isinstance(surrogate, LinearGate)
     return surrogate
-
-
-def visits(plan: RoutingPlan) -> NDArray[np.bool_]:
-    dense = np.zeros((plan.num_tokens, plan.num_experts), dtype=bool)
-    dense[plan.token_N().numpy(), plan.expert_N.numpy()] = True
-    return dense
 
 
 def best_assignment(score: Array, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
