@@ -119,9 +119,10 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(corpus: Path, tmp_path: P
             os.kill(int(workers[1]), signal.SIGKILL)
     overdue.cancel()
     assert process.wait() not in (0, None)
-    assert re.search(r"rank 0: error: another rank is late: .*layer \d .*rank 1 did not (send its|take my)", output), (
-        output
-    )
+    # The signal strikes where it strikes: between the layers' exchanges the rank is missed by the step's own sums.
+    in_a_layer = r"layer \d .*rank 1 did not (send its|take my)"
+    between = r"rank 1 does not answer, in step \d+, \w+"
+    assert re.search(rf"rank 0: error: another rank is late: .*({in_a_layer}|{between})", output), output
 
 
 def test_pain_14_the_others_go_on_without_a_rank_that_was_killed(corpus: Path, tmp_path: Path) -> None:
