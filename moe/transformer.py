@@ -322,10 +322,23 @@ class Transformer(nn.Module):
             ValueError: the sequence is longer than ``max_seq_len``, or ``ids_BT`` is not two-dimensional.
             gates.GateNumericsError: scores of a gate are NaN or infinite; the text names the block.
         """
+        context = context or ForwardContext(mode=self._default_mode(ids_BT.shape[-1], cache is not None))
+        x_BTD, routing = self.hidden_states(ids_BT, context=context, cache=cache)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        return ModelOutput(self.scores(x_BTD, context.compute_dtype), routing, self.gate_config)
+
+    def hidden_states(
+        self, ids_BT: Tensor, *, context: ForwardContext, cache: AttentionCache | None = None
+    ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
+        """(B, T, D) residual stream after the last block, before the final norm, and each MoE layer's routing.
+
+        Arguments and errors are those of :meth:`forward`. With a cache that says so by its ``positions``, a row may
+        hold pieces of several sequences one after another.
+        """
         if ids_BT.dim() != 2:
             raise ValueError(f"ids_BT must be (B, T), got shape {tuple(ids_BT.shape)}")
         length = ids_BT.shape[1]
-        context = context or ForwardContext(mode=self._default_mode(length, cache is not None))
         dtype = context.compute_dtype or self.embed.weight.dtype
         if cache is None:
             position_BT = torch.arange(length, device=ids_BT.device).unsqueeze(0)
@@ -356,12 +369,18 @@ class Transformer(nn.Module):
                 routing_context = replace(routing_context, prev_logits_TE=output.logits_TE)
         if cache is not None:
             cache.advance(length)
-        if last_only:
-            x_BTD = x_BTD[:, -1:]
+        return x_BTD, tuple(routing)
+
+    def scores(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., D) residual stream after the last block -> (..., V) scores of the next token, in fp32 at least.
+
+        Args:
+            dtype: compute dtype; None takes that of the parameters.
+        """
+        dtype = dtype or self.embed.weight.dtype
         head = self.embed.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(self.norm(x_BTD, dtype), head.to(dtype))
-        logits_BTV = logits_BTV.to(torch.promote_types(dtype, torch.float32))
-        return ModelOutput(logits_BTV, tuple(routing), self.gate_config)
+        logits = F.linear(self.norm(x, dtype), head.to(dtype))
+        return logits.to(torch.promote_types(dtype, torch.float32))
 
     def _default_mode(self, length: int, cached: bool) -> Mode:
         if cached:

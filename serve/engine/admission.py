@@ -1,4 +1,4 @@
-"""The bounded line of requests: pure bookkeeping, no threads, no clock.
+"""The bound on what waits: pure bookkeeping, no threads, no clock.
 
 An unbounded queue turns overload into time-outs for everybody; a bounded one answers the overflow at once. Both
 limits are checked before a request costs anything: requests bound the wait in turns, prompt tokens bound the work that
@@ -7,16 +7,13 @@ stands before the first token. Admission is all or nothing, and an idle engine t
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
-
-T = TypeVar("T")
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """``max_requests`` may wait besides the running one, with ``max_prompt_tokens`` in all."""
+    """``max_requests`` may wait besides those that are computed, with ``max_prompt_tokens`` in all."""
 
     max_requests: int = 64
     max_prompt_tokens: int = 262_144
@@ -26,69 +23,86 @@ class QueueLimits:
             raise ValueError(f"queue limits must be positive, got {self}")
 
 
-class RequestLine(Generic[T]):
-    """First come, first served; at most one request is out of the line and running."""
+@dataclass(slots=True)
+class _Entry:
+    """A request in flight: its sequences that are not over, and its prompt tokens until the first of them starts."""
 
-    def __init__(self, limits: QueueLimits) -> None:
-        self.limits = limits
-        self._waiting: OrderedDict[str, tuple[T, int]] = OrderedDict()
-        self._running: str | None = None
+    sequences: int
+    prompt_tokens: int
+    started: bool = False
+
+
+class Admission:
+    """Requests in flight.
+
+    Args:
+        limits: bounds of what may wait.
+        max_running: sequences that the engine computes at once.
+    """
+
+    def __init__(self, limits: QueueLimits, max_running: int) -> None:
+        self.limits, self._max_running = limits, max_running
+        self._entries: dict[str, _Entry] = {}
+        self._started_sequences = 0
+        self.num_waiting = 0
         self.waiting_prompt_tokens = 0
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
 
     @property
-    def num_running(self) -> int:
-        return 0 if self._running is None else 1
-
-    @property
-    def idle(self) -> bool:
-        return self._running is None and not self._waiting
+    def num_requests(self) -> int:
+        """Requests in flight."""
+        return len(self._entries)
 
     def refusal(self, prompt_tokens: int) -> Literal["requests", "prompt_tokens"] | None:
         """The limit that one more request with so many prompt tokens would break, or None."""
-        if self.idle:
+        if not self._entries:
             return None
-        # A request that waits while nothing runs is about to run, so it does not count against the line.
-        if self.num_waiting + self.num_running > self.limits.max_requests:
+        # What waits while there is room to compute it is about to start, so it does not count against the queue.
+        room = max(0, self._max_running - self._started_sequences)
+        if self.num_waiting >= room + self.limits.max_requests:
             return "requests"
-        if self._waiting and self.waiting_prompt_tokens + prompt_tokens > self.limits.max_prompt_tokens:
+        if self.num_waiting and self.waiting_prompt_tokens + prompt_tokens > self.limits.max_prompt_tokens:
             return "prompt_tokens"
         return None
 
-    def add(self, request_id: str, item: T, prompt_tokens: int) -> None:
-        if request_id in self._waiting or request_id == self._running:
-            raise ValueError(f"request id {request_id!r} is already in the line")
-        self._waiting[request_id] = (item, prompt_tokens)
+    def add(self, request_id: str, sequences: int, prompt_tokens: int) -> None:
+        """A request enters; ValueError if one of that id is in flight."""
+        if request_id in self._entries:
+            raise ValueError(f"request id {request_id!r} is already in flight")
+        self._entries[request_id] = _Entry(sequences, prompt_tokens)
+        self.num_waiting += 1
         self.waiting_prompt_tokens += prompt_tokens
 
-    def remove(self, request_id: str) -> T | None:
-        """Takes a waiting request out; None when it does not wait (any more)."""
-        entry = self._waiting.pop(request_id, None)
+    def started(self, request_id: str) -> None:
+        """Its first sequence is being computed. Nothing happens if it is not in flight, or started before."""
+        entry = self._entries.get(request_id)
+        if entry is not None and not entry.started:
+            entry.started = True
+            self.num_waiting -= 1
+            self.waiting_prompt_tokens -= entry.prompt_tokens
+            self._started_sequences += entry.sequences
+
+    def sequence_over(self, request_id: str) -> None:
+        """One of its sequences has ended; the last one takes the request with it. Nothing if it is not in flight."""
+        entry = self._entries.get(request_id)
         if entry is None:
-            return None
-        self.waiting_prompt_tokens -= entry[1]
-        return entry[0]
+            return
+        self.started(request_id)
+        entry.sequences -= 1
+        self._started_sequences -= 1
+        if not entry.sequences:
+            del self._entries[request_id]
 
-    def start_next(self) -> T | None:
-        """The request whose turn it is becomes the running one; None when nobody waits."""
-        if self._running is not None:
-            raise RuntimeError(f"request {self._running!r} is still running")
-        if not self._waiting:
-            return None
-        request_id, (item, prompt_tokens) = self._waiting.popitem(last=False)
-        self.waiting_prompt_tokens -= prompt_tokens
-        self._running = request_id
-        return item
+    def remove(self, request_id: str) -> None:
+        """The request is over as a whole; nothing happens when it is not in flight."""
+        self.started(request_id)
+        entry = self._entries.pop(request_id, None)
+        if entry is not None:
+            self._started_sequences -= entry.sequences
 
-    def finish(self) -> None:
-        self._running = None
-
-    def drain(self) -> list[T]:
-        """Empties the line of waiting requests."""
-        items = [item for item, _ in self._waiting.values()]
-        self._waiting.clear()
-        self.waiting_prompt_tokens = 0
-        return items
+    def clear(self) -> None:
+        """Every request is over."""
+        for request_id in list(self._entries):
+            self.remove(request_id)

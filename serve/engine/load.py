@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from gates import Mode
 from moe.checkpoint import load_model
 from moe.config import count_params
 from moe.tokenizer import IM_END, Tokenizer
+from moe.transformer import Transformer
 from serve.client import ModelInfo
 from serve.engine.admission import QueueLimits
+from serve.engine.checks import RequestChecker
+from serve.engine.core import EngineCore
+from serve.engine.engine import AsyncEngine
 from serve.engine.model_files import read_model_files
+from serve.engine.paged_cache import choose_num_blocks
 from serve.engine.runner import ModelRunner
-from serve.engine.simple import SimpleEngine
+from serve.engine.scheduler import BatchLimits
+from serve.engine.settings import EngineSettings
+from serve.engine.structured import StructureCompiler
+from serve.engine.weights import WeightsLoader
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def end_ids(tokenizer: Tokenizer, declared: frozenset[int]) -> frozenset[int]:
@@ -22,37 +35,78 @@ def end_ids(tokenizer: Tokenizer, declared: frozenset[int]) -> frozenset[int]:
     return frozenset(ends)
 
 
-def load_simple_engine(
-    model_dir: Path,
-    *,
-    model_id: str,
-    limits: QueueLimits | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
-) -> SimpleEngine:
+def serving_gate_names(model: Transformer) -> list[str]:
+    """Names of the gates that route while text is generated, one per MoE layer.
+
+    Raises:
+        UserError: a gate looks at the whole batch and has no causal surrogate.
+    """
+    return [layer.gate_for(Mode.DECODE).config.name for _, layer in model.moe_layers()]
+
+
+def build_engine(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    ends: frozenset[int],
+    settings: EngineSettings,
+    weights: WeightsLoader | None = None,
+) -> AsyncEngine:
+    """An engine around a model in memory, not started yet."""
+    config = model.config
+    num_blocks = choose_num_blocks(
+        config,
+        settings.block_size,
+        settings.max_sequences,
+        settings.kv_cache_gib,
+        model.embed.weight.element_size(),
+    )
+    runner = ModelRunner(model, num_blocks, settings.block_size, batch_invariant=settings.batch_invariant)
+    core = EngineCore(
+        runner,
+        tokenizer,
+        ends,
+        info.context_length,
+        limits=BatchLimits(settings.max_sequences, settings.max_step_tokens),
+        prefix_cache=settings.prefix_cache,
+        version=info.weights_version,
+    )
+    structures = StructureCompiler(tokenizer, ends, info.vocab_size)
+    checker = RequestChecker(tokenizer, info.context_length, info.vocab_size, structures)
+    limits = QueueLimits(settings.max_queue, settings.max_queue_tokens)
+    return AsyncEngine(core, info, checker, weights=weights, limits=limits, threads=settings.threads)
+
+
+def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | None = None) -> AsyncEngine:
     """Loads the model and puts an engine around it, not started yet.
 
     Raises:
         CheckpointError: a damaged or foreign directory.
         TokenizerError: its tokenizer cannot be read.
+        UserError: its gate cannot generate text.
     """
+    settings = settings or EngineSettings()
     files = read_model_files(model_dir)
-    loaded = load_model(model_dir, device=device)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    counts = count_params(loaded.config, loaded.gate)
-    runner = ModelRunner(model, end_ids(tokenizer, files.eos_ids))
+    loaded = load_model(model_dir, device=settings.device, dtype=DTYPES[settings.dtype])
+    model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
+    counts = count_params(config, loaded.gate)
+    gates = serving_gate_names(model)
     info = ModelInfo(
         model_id=model_id,
         created=files.created,
-        context_length=loaded.config.max_seq_len,
-        vocab_size=loaded.config.vocab_size or tokenizer.vocab_size,
+        context_length=config.max_seq_len,
+        vocab_size=config.vocab_size or tokenizer.vocab_size,
         num_params=counts.total,
         active_params=counts.active,
-        num_experts=loaded.config.moe.num_experts,
-        moe_layers=tuple(loaded.config.moe_layer_indices()),
+        num_experts=config.moe.num_experts,
+        moe_layers=tuple(config.moe_layer_indices()),
+        embedding_dim=config.dim,
+        gate=gates[0] if gates else "",
+        batch_invariant=settings.batch_invariant,
         weights_version=files.weights_version,
         chat_template=tokenizer.chat_template,
         special_tokens=files.special_tokens,
         defaults=files.defaults,
     )
-    return SimpleEngine(runner, tokenizer, info, limits=limits, threads=threads)
+    weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, model.embed.weight.dtype)
+    return build_engine(model, tokenizer, info, end_ids(tokenizer, files.eos_ids), settings, weights)

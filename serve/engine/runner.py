@@ -1,129 +1,137 @@
-"""The model behind an engine: token ids in, scored tokens out, experts counted. One sequence at a time.
+"""The model behind an engine: slices of many sequences in, scores of their next tokens out, experts counted.
 
-Shape suffixes: L MoE layers, E experts, V vocabulary, T positions, B = 1.
+Shape suffixes: L MoE layers, E experts, V vocabulary, T positions of the pass, B slices that end their known tokens,
+D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gates import Mode
-from moe.attention import KVCache
-from moe.generate import SamplingParams, sample_token
+from gates import Mode, RoutingPlan
+from moe.ops.batch_invariant import BatchInvariant
+from moe.ops.paged_attention import Piece
 from moe.transformer import ForwardContext, Transformer
-from serve.client import SamplingOptions
-from serve.engine.logits import adjusted
+from serve.client import TokenRouting
+from serve.engine.paged_cache import PagedKV
+from serve.engine.scheduler import Slice
 
-SEED_MASK = 2**63 - 1
+# Scores of so many positions at once; a prompt's are needed only when somebody asks for its log-probabilities.
+_SCORED_ROWS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A token with natural-log probabilities of the unchanged model.
+@dataclass(frozen=True)
+class PassResult:
+    """What one forward pass gave.
 
     Attributes:
-        logprob: None when nobody asked, and for the first token of a prompt, which nothing predicts.
-        top: the likeliest tokens, best first.
-        ends: the token ends the sequence and is not part of its text.
+        logits_BV: (B, V) fp32 on the CPU, one row for each slice that ends its known tokens, in order.
+        hidden_TD: (T, D) residual stream of all positions.
+        plans: each MoE layer's routing of all positions.
+        load_LE: (L, E) tokens that each expert took.
+        read_bytes: weights, and cached keys and values, that the pass had to read at least once.
     """
 
-    token_id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-    ends: bool = False
+    logits_BV: Tensor
+    hidden_TD: Tensor = field(repr=False)
+    plans: tuple[RoutingPlan, ...] = field(repr=False)
+    load_LE: Tensor = field(repr=False)
+    read_bytes: int = 0
 
 
 class ModelRunner:
-    """Runs one model from one thread.
+    """Runs one model over one paged cache, from one thread.
 
     Args:
         model: in evaluation mode from here on.
-        end_ids: tokens that end a sequence unless a request ignores them.
+        num_blocks, block_size: of the cache.
+        batch_invariant: see :mod:`moe.ops.batch_invariant`; a token's scores do not depend on the rest of the pass.
     """
 
-    def __init__(self, model: Transformer, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, model: Transformer, num_blocks: int, block_size: int = 16, *, batch_invariant: bool = False
+    ) -> None:
+        self.batch_invariant = batch_invariant
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.use_model(model)
+
+    def use_model(self, model: Transformer) -> None:
+        """Compute with this model from now on; nothing that was cached is of use to it."""
         self.model = model.eval()
-        self.end_ids = end_ids
         weight = model.embed.weight
-        self._device, self._dtype = weight.device, weight.dtype
-        experts, layers = model.config.moe.num_experts, model.config.num_moe_layers
-        self._load_LE = torch.zeros(layers, experts, dtype=torch.int64, device=self._device)
+        self._device, self.dtype = weight.device, weight.dtype
+        self.kv = PagedKV(model.config, self.num_blocks, self.block_size, dtype=weight.dtype, device=weight.device)
+        banks = [layer.experts for _, layer in model.moe_layers()]
+        self._expert_bytes_L = torch.tensor([_bytes_of(bank) // model.config.moe.num_experts for bank in banks])
+        # Of an embedding that is not the head, a token reads one row.
+        looked_up = 0 if model.head is None else _bytes_of(model.embed)
+        self._other_bytes = _bytes_of(model) - sum(map(_bytes_of, banks)) - looked_up
 
     def use_threads(self, threads: int | None) -> None:
         """Sets torch's compute threads for the calling thread and those that start later; None changes nothing."""
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def warm_up(self, token_id: int) -> None:
-        """Two passes, so that no request pays for lazy initialisation; they do not count as load."""
-        budget = min(2, self.model.config.max_seq_len - 1)
-        for _ in self.steps([token_id], SamplingOptions(temperature=0.0, ignore_eos=True), 0, budget):
-            pass
-        self._load_LE.zero_()
-
-    def expert_load(self) -> tuple[tuple[int, ...], ...]:
-        """(L, E) tokens that each expert has taken since start."""
-        return tuple(tuple(load_E) for load_E in self._load_LE.tolist())
-
-    def score(self, ids: Sequence[int], top: int) -> list[Scored]:
-        """Log-probabilities of a prompt's own tokens, and of the ``top`` likeliest at each position.
-
-        The pass repeats the prefill, so it does not count as load a second time.
-        """
-        scored = [Scored(ids[0], None)]
-        if len(ids) > 1:
-            with torch.inference_mode():
-                context = ForwardContext(mode=Mode.PREFILL)
-                logits_TV = self.model(self._tensor(ids[:-1]), context=context).logits_BTV[0]
-                logprob_TV = torch.log_softmax(logits_TV.float().cpu(), -1)
-            scored += [_scored(token, logprob_V, top) for token, logprob_V in zip(ids[1:], logprob_TV, strict=True)]
-        return scored
-
-    def steps(
-        self, prompt_ids: Sequence[int], options: SamplingOptions, seed: int, budget: int
-    ) -> Generator[Scored, None, None]:
-        """The loop of :func:`moe.generate.generate`, with the experts counted; stop strings are the caller's.
-
-        The same seed gives the same tokens: nothing else is random, and no other request shares a batch. Ends after
-        ``budget`` tokens, or with a token that ``ends`` the sequence.
-        """
-        ends = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self.end_ids)
-        params = SamplingParams(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-        rng = torch.Generator().manual_seed(seed & SEED_MASK)
-        cache = KVCache(self.model.config, capacity=len(prompt_ids) + budget, dtype=self._dtype, device=self._device)
-        output: list[int] = []
-        new, mode = list(prompt_ids), Mode.PREFILL
-        while len(output) < budget:
-            logits_V = self._forward(new, mode, cache)
-            token = sample_token(adjusted(logits_V, options, prompt_ids, output, ends), params, rng)
-            output.append(token)
-            scored = Scored(token, None)
-            if options.logprobs is not None:
-                scored = _scored(token, torch.log_softmax(logits_V, -1), options.logprobs)
-            yield replace(scored, ends=token in ends)
-            if token in ends:
-                return
-            new, mode = [token], Mode.DECODE
-
-    # Not around the loop of `steps`: a suspended generator would leave its caller in inference mode.
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], mode: Mode, cache: KVCache) -> Tensor:
-        """(V,) fp32 logits of the token after ``ids``, on the CPU, where they are sampled."""
-        output = self.model(self._tensor(ids), context=ForwardContext(mode=mode), cache=cache, last_only=True)
-        for load_E, routing in zip(self._load_LE, output.routing, strict=True):
-            load_E += routing.output.plan.load_E
-        logits_V: Tensor = output.logits_BTV[0, -1].float().cpu()
-        return logits_V
+    def run(self, slices: Sequence[Slice]) -> PassResult:
+        """One forward pass; keys and values of the slices are in the cache afterwards."""
+        ids: list[int] = []
+        pieces: list[Piece] = []
+        last: list[int] = []
+        for part in slices:
+            ids += part.sequence.tokens[part.start : part.stop]
+            pieces.append(Piece(part.sequence.blocks, part.start, part.stop - part.start))
+            if part.ends_known:
+                last.append(len(ids) - 1)
+        with self._products():
+            batch = self.kv.batch(pieces, alone=self.batch_invariant)
+            x_1TD, routing = self.model.hidden_states(
+                torch.tensor([ids], device=self._device), context=ForwardContext(mode=Mode.PREFILL), cache=batch
+            )
+            rows_BD = x_1TD[0, torch.tensor(last, dtype=torch.int64, device=self._device)]
+            logits_BV = self.model.scores(rows_BD).float().cpu()
+        plans = tuple(layer.output.plan for layer in routing)
+        load_LE = torch.stack([plan.load_E for plan in plans]) if plans else torch.zeros(0, 0, dtype=torch.int64)
+        positions = sum(piece.past + piece.new for piece in pieces)
+        return PassResult(logits_BV, x_1TD[0], plans, load_LE, self._read_bytes(load_LE, positions))
 
-    def _tensor(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        return BatchInvariant() if self.batch_invariant else contextlib.nullcontext()
+
+    def _read_bytes(self, load_LE: Tensor, positions: int) -> int:
+        hit_L = (load_LE > 0).sum(-1).cpu()
+        return self._other_bytes + int((hit_L * self._expert_bytes_L).sum()) + positions * self.kv.position_bytes
+
+    @torch.inference_mode()
+    def logprobs_of(self, hidden_TD: Tensor, targets: Sequence[int]) -> list[Tensor]:
+        """(V,) log-probabilities at each position that ``targets`` says the true next token of."""
+        rows: list[Tensor] = []
+        with self._products():
+            for start in range(0, len(targets), _SCORED_ROWS):
+                part_TD = hidden_TD[start : start + min(_SCORED_ROWS, len(targets) - start)]
+                rows.extend(torch.log_softmax(self.model.scores(part_TD).float().cpu(), -1))
+        return rows
+
+    @torch.inference_mode()
+    def embedding_sum(self, hidden_TD: Tensor) -> Tensor:
+        """(D,) sum over positions of the normalised hidden states, in fp32 on the CPU."""
+        return self.model.norm(hidden_TD.float()).sum(0).cpu()
 
 
-def _scored(token: int, logprob_V: Tensor, top: int) -> Scored:
-    best = torch.topk(logprob_V, min(top, logprob_V.numel()))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Scored(token, float(logprob_V[token]), tuple(pairs))
+def routing_of(plans: Sequence[RoutingPlan], row: int) -> TokenRouting:
+    """The experts of one position of a pass."""
+    experts, weights = [], []
+    for plan in plans:
+        start, stop = plan.row_ptr_T1[row].item(), plan.row_ptr_T1[row + 1].item()
+        experts.append(tuple(plan.expert_N[start:stop].tolist()))
+        weights.append(tuple(plan.weight_N[start:stop].tolist()))
+    return TokenRouting(tuple(experts), tuple(weights))
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -1,131 +1,56 @@
-"""One continuation of one prompt, from the model's tokens to the chunks that its reader gets. Knows no threads."""
+"""One continuation of one prompt as the scheduler sees it: tokens, how many are computed, and where they are kept."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from moe.tokenizer import StreamDecoder, Tokenizer
-from serve.client import (
-    FinishReason,
-    PromptEcho,
-    SamplingOptions,
-    Timings,
-    TokenChunk,
-    TokenLogprobs,
-    TokenScore,
-    Usage,
-)
-from serve.engine.runner import ModelRunner, Scored
-from serve.engine.text import Placed, Release, TextAssembler
+from serve.engine.blocks import BlockKey, block_key
+
+SequenceId: TypeAlias = tuple[str, int]
+"""(request id, index of the sequence in its request)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpec:
-    """What one sequence is.
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """What the scheduler knows of a sequence; it never looks at what the tokens mean.
 
     Attributes:
-        index: its number in the request.
-        prompt_ids, prompt_text: the prompt; the text is None when it was given as ids.
-        seed: of its random stream.
-        budget: most tokens to generate; 0 only returns the prompt.
-        return_prompt: put the prompt into the first chunk.
-        before: tokens of the whole request when this sequence begins.
-        queue_s: how long it waited.
+        id: unique.
+        tokens: prompt and generated ones.
+        prompt_len: how many of them are the prompt.
+        rank: (priority, order of arrival): the smallest is served first and pre-empted last.
+        leader: sequence with the same prompt that computes it first; this one waits until it can share the blocks.
+        reuse: may take what is cached of its prompt. Not when every position's output is needed.
+        status: where it is.
+        computed: tokens whose keys and values are in the cache.
+        reused: of the prompt's tokens, those that were found in the cache at its first start.
+        blocks: block table.
+        keys: key of each full block of ``tokens``, as far as they were asked for.
     """
 
-    index: int
-    prompt_ids: tuple[int, ...]
-    prompt_text: str | None
-    sampling: SamplingOptions
-    seed: int
-    budget: int
-    return_prompt: bool
-    before: Usage
-    queue_s: float
+    id: SequenceId
+    tokens: list[int]
+    prompt_len: int
+    rank: tuple[int, int]
+    leader: Sequence | None = None
+    reuse: bool = True
+    status: Literal["new", "waiting", "running", "ended"] = "new"
+    computed: int = 0
+    reused: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
 
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and not computed; 1 while it is decoding."""
+        return len(self.tokens) - self.computed
 
-def sequence_chunks(
-    runner: ModelRunner, tokenizer: Tokenizer, spec: SequenceSpec, *, beat: Callable[[], None]
-) -> Iterator[TokenChunk]:
-    """Generates the sequence; the last chunk has the finish reason.
-
-    Args:
-        beat: called before the first token and after each one; what it raises ends the sequence.
-    """
-    sampling = spec.sampling
-    started_s = first_token_s = time.monotonic()
-    beat()
-    prompt = prompt_echo(runner, tokenizer, spec) if spec.return_prompt else None
-    decoder = StreamDecoder(tokenizer, skip_special=sampling.skip_special_tokens)
-    text: TextAssembler[Scored] = TextAssembler(decoder, sampling.stop)
-    finish: FinishReason | None = None if spec.budget else "length"
-    stop_reason: int | str | None = None
-    generated = 0
-
-    def chunk(release: Release[Scored], timings: Timings | None = None) -> TokenChunk:
-        usage = Usage(spec.before.prompt_tokens, spec.before.completion_tokens + generated)
-        return TokenChunk(
-            index=spec.index,
-            text=release.text,
-            token_ids=tuple(placed.item.token_id for placed in release.tokens),
-            usage=usage,
-            logprobs=() if sampling.logprobs is None else tuple(_logprobs(tokenizer, t) for t in release.tokens),
-            finish_reason=None if timings is None else finish,
-            stop_reason=None if timings is None else stop_reason,
-            prompt=prompt,
-            timings=timings,
-        )
-
-    with contextlib.closing(runner.steps(spec.prompt_ids, sampling, spec.seed, spec.budget)) as steps:
-        while finish is None:
-            step = next(steps)
-            beat()
-            generated += 1
-            if generated == 1:
-                first_token_s = time.monotonic()
-            if step.ends:
-                finish = "stop"
-                stop_reason = step.token_id if step.token_id in sampling.stop_token_ids else None
-                break
-            release = text.push(step.token_id, step, may_stop=generated >= sampling.min_tokens)
-            if release.stop is not None:
-                finish, stop_reason = "stop", release.stop
-            elif generated == spec.budget:
-                finish = "length"
-            if release.text or release.tokens:
-                yield chunk(release)
-                prompt = None
-    # After a stop string nothing follows, not even the bytes of a character that had begun.
-    rest: Release[Scored] = Release("", ()) if isinstance(stop_reason, str) else text.finish()
-    if rest.stop is not None:
-        finish, stop_reason = "stop", rest.stop
-    ended_s = time.monotonic()
-    yield chunk(rest, Timings(spec.queue_s, first_token_s - started_s, ended_s - first_token_s))
-
-
-def prompt_echo(runner: ModelRunner, tokenizer: Tokenizer, spec: SequenceSpec) -> PromptEcho:
-    """The prompt as it goes back to the client: given text as it was given, token ids decoded."""
-    ids, top = spec.prompt_ids, spec.sampling.prompt_logprobs
-    text: TextAssembler[int] = TextAssembler(StreamDecoder(tokenizer, skip_special=False))
-    releases = [text.push(token, position) for position, token in enumerate(ids)] + [text.finish()]
-    shown = "".join(release.text for release in releases) if spec.prompt_text is None else spec.prompt_text
-    if top is None:
-        return PromptEcho(shown, ids)
-    start = {placed.item: placed.start for release in releases for placed in release.tokens}
-    scores = runner.score(ids, top)
-    logprobs = (_logprobs(tokenizer, Placed(scored, start[position])) for position, scored in enumerate(scores))
-    return PromptEcho(shown, ids, tuple(logprobs))
-
-
-def _logprobs(tokenizer: Tokenizer, placed: Placed[Scored]) -> TokenLogprobs:
-    scored = placed.item
-    top = tuple(_token_score(tokenizer, token, logprob) for token, logprob in scored.top)
-    return TokenLogprobs(_token_score(tokenizer, scored.token_id, scored.logprob), top, placed.start)
-
-
-def _token_score(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> TokenScore:
-    raw = tokenizer.token_bytes(token_id)
-    return TokenScore(token_id, raw.decode("utf-8", "replace"), raw, logprob)
+    def full_keys(self, root: BlockKey, block_size: int, upto: int) -> list[BlockKey]:
+        """Keys of the full blocks within the first ``upto`` tokens."""
+        count = upto // block_size
+        while len(self.keys) < count:
+            start = len(self.keys) * block_size
+            parent = self.keys[-1] if self.keys else root
+            self.keys.append(block_key(parent, self.tokens[start : start + block_size]))
+        return self.keys[:count]

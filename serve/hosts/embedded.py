@@ -83,9 +83,9 @@ def serve_model(
     started_s = time.monotonic()
     require_serve_extra()
     from serve.client import EngineDeadError
-    from serve.engine.admission import QueueLimits
-    from serve.engine.load import load_simple_engine
+    from serve.engine.load import load_engine
     from serve.engine.model_files import find_model_dir, model_name
+    from serve.engine.settings import EngineSettings
     from serve.hosts.server import EmbeddedServer
     from serve.hosts.sockets import open_listener, url_of
     from serve.http.app import build_app
@@ -102,11 +102,10 @@ def serve_model(
     # Connections wait in the backlog from here on; they are answered once the model is there.
     with open_listener(host, port) as listener:
         try:
-            engine = load_simple_engine(
+            engine = load_engine(
                 model_dir,
                 model_id=name or model_name(model_dir),
-                limits=QueueLimits(max_queue, max_queue_tokens),
-                threads=num_threads,
+                settings=EngineSettings(max_queue=max_queue, max_queue_tokens=max_queue_tokens, threads=num_threads),
             )
         except KeyboardInterrupt:
             return 130

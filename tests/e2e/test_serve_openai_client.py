@@ -31,9 +31,9 @@ from moe.errors import CheckpointError
 from moe.generate import SamplingParams, generate
 from moe.tokenizer import Tokenizer
 from moe.transformer import Transformer, next_token_loss
-from serve.engine.admission import QueueLimits
-from serve.engine.load import load_simple_engine
-from serve.engine.simple import SimpleEngine
+from serve.engine.engine import AsyncEngine
+from serve.engine.load import load_engine
+from serve.engine.settings import EngineSettings
 from serve.hosts.embedded import serve_model
 from serve.hosts.server import EmbeddedServer
 from serve.hosts.sockets import ListenError, free_port, open_listener, url_of
@@ -75,7 +75,7 @@ class Running:
     """A server in a thread of this process, and its engine to look into."""
 
     url: str
-    engine: SimpleEngine
+    engine: AsyncEngine
 
     def stats(self) -> Any:
         return asyncio.run(self.engine.stats())
@@ -93,7 +93,8 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(run_dir: Path) -> Iterator[Running]:
-    engine = load_simple_engine(run_dir / "model", model_id="fox", limits=QueueLimits(max_requests=2), threads=1)
+    settings = EngineSettings(max_sequences=2, max_queue=1, threads=1)
+    engine = load_engine(run_dir / "model", model_id="fox", settings=settings)
     app = build_app(engine, ServerSettings(api_keys=("sk-good",)))
     ready = threading.Event()
     host = EmbeddedServer(app, engine, drain_s=5, on_ready=ready.set, on_drain=lambda _: None)
@@ -155,7 +156,13 @@ def test_streams_equal_whole_answers_with_usage_and_logprobs(client: openai.Open
     assert texts == [choice.message.content for choice in whole.choices]
     assert roles == ["assistant"] * 2
     assert finish == [choice.finish_reason for choice in whole.choices]
-    assert usage == whole.usage
+    assert usage is not None
+    assert whole.usage is not None
+    assert usage.model_dump(exclude={"prompt_tokens_details"}) == whole.usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    )
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens  # the same prompt came before
     for choice in whole.choices:
         assert choice.logprobs is not None
         assert choice.logprobs.content is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -15,11 +15,14 @@ import pytest
 
 from serve.client import (
     ContextLengthError,
+    EmbeddingRequest,
+    Embeddings,
     EngineClient,
     EngineDeadError,
     EngineHealth,
     EngineRequest,
     EngineStats,
+    ExpertRecord,
     ModelInfo,
     PromptEcho,
     QueueFullError,
@@ -70,7 +73,38 @@ class ParrotEngine:
         return self.state
 
     async def stats(self) -> EngineStats:
-        return EngineStats(1, 2, 30, 40, 50, {"stop": 5}, {"requests": 6}, self.load_LE, 7.0)
+        return EngineStats(
+            num_running=1,
+            num_waiting=2,
+            waiting_prompt_tokens=30,
+            prompt_tokens=40,
+            generation_tokens=50,
+            finished={"stop": 5},
+            rejected={"requests": 6},
+            expert_load=self.load_LE,
+            uptime_s=7.0,
+        )
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        return Embeddings(tuple((1.0, 0.0) for _ in request.inputs), sum(map(len, request.inputs)))
+
+    async def tokenize(self, model: str, text: str, *, special: bool = True) -> tuple[int, ...]:
+        return tuple(map(ord, text))
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    async def swap_weights(self, model: str, path: str, *, running: str = "drain") -> str:
+        return path
+
+    async def reset_prefix_cache(self, model: str) -> int:
+        return 3
+
+    async def record_experts(self, model: str, *, start: bool) -> ExpertRecord:
+        return ExpertRecord(recording=start)
+
+    async def expert_record(self, model: str) -> ExpertRecord:
+        return ExpertRecord()
 
     async def generate(self, request: EngineRequest) -> TokenStream:
         if request.model != self.info.model_id:
