@@ -9,6 +9,7 @@ import torch
 from gates import Mode
 from moe.checkpoint import load_model
 from moe.config import count_params
+from moe.ops.packed_experts import pack_experts
 from moe.tokenizer import IM_END, Tokenizer
 from moe.transformer import Transformer
 from serve.client import ModelInfo
@@ -89,6 +90,9 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
     files = read_model_files(model_dir)
     loaded = load_model(model_dir, device=settings.device, dtype=DTYPES[settings.dtype])
     model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
+    packed = settings.device == "cpu" and not settings.batch_invariant
+    if packed:
+        pack_experts(model)
     counts = count_params(config, loaded.gate)
     gates = serving_gate_names(model)
     info = ModelInfo(
@@ -108,5 +112,5 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
         special_tokens=files.special_tokens,
         defaults=files.defaults,
     )
-    weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, model.embed.weight.dtype)
+    weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, model.embed.weight.dtype, packed)
     return build_engine(model, tokenizer, info, end_ids(tokenizer, files.eos_ids), settings, weights)

@@ -10,6 +10,7 @@ import torch
 from moe.checkpoint import load_model
 from moe.config import ModelConfig
 from moe.errors import UserError
+from moe.ops.packed_experts import pack_experts
 from moe.tokenizer import Tokenizer
 from moe.transformer import Transformer
 from serve.client import InvalidRequestError, ModelInfo
@@ -23,7 +24,7 @@ class WeightsLoader:
     Attributes:
         config: shape of the served model; gate_name: of its gate.
         tokenizer: whose ids clients have in hand.
-        device, dtype: where and how the weights are held.
+        device, dtype, packed: where and how the weights are held; see :mod:`moe.ops.packed_experts`.
     """
 
     config: ModelConfig
@@ -31,6 +32,7 @@ class WeightsLoader:
     tokenizer: Tokenizer
     device: str
     dtype: torch.dtype
+    packed: bool = False
 
     def load(self, path: str) -> tuple[Transformer, str]:
         """The model at ``path`` and its version.
@@ -54,6 +56,8 @@ class WeightsLoader:
             raise InvalidRequestError(
                 f"{path}: differs from the served model in {', '.join(different)}; start a server for it", "path"
             )
+        if self.packed:
+            pack_experts(loaded.model)
         return loaded.model, weights_fingerprint(directory)
 
     @staticmethod
