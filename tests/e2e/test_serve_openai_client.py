@@ -93,7 +93,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(run_dir: Path) -> Iterator[Running]:
-    settings = EngineSettings(max_sequences=2, max_queue=2, threads=1)
+    settings = EngineSettings(max_sequences=1, max_queue=2, threads=1)
     engine = load_engine(run_dir / "model", model_id="fox", settings=settings)
     app = build_app(engine, ServerSettings(api_keys=("sk-good",)))
     ready = threading.Event()
