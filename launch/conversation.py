@@ -103,6 +103,11 @@ class Conversation:
         self.speed = Speed()
 
     @property
+    def context(self) -> int:
+        """Length of the model's context in tokens."""
+        return self._loaded.config.max_seq_len
+
+    @property
     def turns(self) -> int:
         """Messages so far, both sides."""
         return len(self._messages)

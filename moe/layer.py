@@ -20,6 +20,7 @@ from gates.metrics import agreement, max_vio
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import UserError
 from moe.experts import ExpertBank, Experts, SwiGLU
+from moe.route_alone import route_alone
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class MoELayer(nn.Module):
         expert_op: "auto", "grouped_mm" or "loop".
         dispatcher: how tokens get to experts; None computes all experts in this process.
         expert_device: where the routed experts' weights are made; "meta" leaves them to ``parallel``.
+
+    Attributes:
+        route_alone: ask the gate for every token by itself; see :mod:`moe.route_alone`.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class MoELayer(nn.Module):
         self.experts: ExpertBank = Experts(num_experts, dim, hidden_dim, expert_op, expert_device)
         self.shared = SwiGLU(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
+        self.route_alone = False
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """(..., D) -> output of the same shape and dtype, and the routing.
@@ -137,7 +142,8 @@ class MoELayer(nn.Module):
             context = RoutingContext(mode=Mode.TRAIN if self.training else Mode.EVAL)
         x_TD = x.reshape(-1, self.dim)
         gate = self.gate_for(context.mode, context.causal)
-        routing = gate(context.gate_input(x_TD))
+        inp = context.gate_input(x_TD)
+        routing = route_alone(gate, inp) if self.route_alone else gate(inp)
         if gate is not self.gate and context.mode is Mode.EVAL:
             routing = self._compared(routing, context.gate_input(x_TD))
         if routing.plan.slots is not None:

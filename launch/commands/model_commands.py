@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from launch.conversation import Conversation
+    from launch.remote_conversation import RemoteConversation
     from moe.checkpoint import LoadedModel
 
 PANEL = "Use a model"
@@ -100,29 +101,38 @@ def _read_prompt() -> str:
 
 
 def chat(
-    path: Model,
+    path: Annotated[str, typer.Argument(metavar="RUN|MODEL_DIR|URL", help="A run, an exported model, or a server.")],
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,
     top_k: TopK = None,
     seed: Seed = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="MOEYARD_API_KEY", help="Key of the server, if it asks for one.")
+    ] = None,
 ) -> None:
-    """Talk with a model in the terminal."""
+    """Talk with a model in the terminal: one on this machine's disk, or one behind a server's URL."""
     from launch.conversation import Conversation
+    from launch.remote_conversation import RemoteConversation
     from moe.generate import SamplingParams
 
-    loaded = _load(path)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    conversation = Conversation(loaded, params, system)
-    if loaded.tokenizer.chat_template is None:
-        print("This model has no chat template: it continues a plain dialogue and may not behave like an assistant.")
+    conversation: Conversation | RemoteConversation
+    if path.startswith(("http://", "https://")):
+        conversation = RemoteConversation(path, params, system, api_key)
+        print(f"{conversation.model} at {path}")
+    else:
+        loaded = _load(path)
+        conversation = Conversation(loaded, params, system)
+        if loaded.tokenizer.chat_template is None:
+            print("This model has no chat template: it continues a dialogue and may not behave like an assistant.")
     print(CHAT_HELP)
-    while _one_turn(conversation, loaded):
+    while _one_turn(conversation):
         pass
 
 
-def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
+def _one_turn(conversation: Conversation | RemoteConversation) -> bool:
     """Read a line and answer it; False when the user leaves."""
     from moe.errors import UserError
 
@@ -141,7 +151,7 @@ def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
     if not line:
         return True
     if line.startswith("/"):
-        return _command(line, conversation, loaded)
+        return _command(line, conversation)
     answer = conversation.answer(line)
     try:
         print("model> ", end="", flush=True)
@@ -159,7 +169,7 @@ def _one_turn(conversation: Conversation, loaded: LoadedModel) -> bool:
     return True
 
 
-def _command(line: str, conversation: Conversation, loaded: LoadedModel) -> bool:
+def _command(line: str, conversation: Conversation | RemoteConversation) -> bool:
     if line in ("/quit", "/exit"):
         return False
     if line == "/reset":
@@ -167,7 +177,7 @@ def _command(line: str, conversation: Conversation, loaded: LoadedModel) -> bool
         print("(forgotten)")
     elif line == "/stats":
         speed = conversation.speed
-        prompt = f"last prompt {speed.prompt_tokens:,} of {loaded.config.max_seq_len:,} tokens"
+        prompt = f"last prompt {speed.prompt_tokens:,} of {conversation.context:,} tokens"
         answers = f"{speed.tokens:,} tokens at {speed.tokens_per_s:,.0f}/s"
         print(f"{conversation.turns} messages; {prompt}, first token after {speed.first_token_s:.2f} s; {answers}")
     else:

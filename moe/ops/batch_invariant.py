@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TILE = 16
+_VECTOR = 64  # elements; more than any machine's vector of the narrowest dtype that is computed with
 _aten = torch.ops.aten
 
 
@@ -63,8 +64,29 @@ def _matmul(x: Tensor, w: Tensor) -> Tensor:
     return _mm(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[1])
 
 
+def _whole_vectors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` of every element, none of them in a vector loop's scalar tail, which rounds otherwise."""
+
+    def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        missing = -x.numel() % _VECTOR
+        if not missing:
+            return function(x.contiguous(), *args, **kwargs)
+        return function(F.pad(x.reshape(-1), (0, missing)), *args, **kwargs)[: x.numel()].view(x.shape)
+
+    return computed
+
+
+_TRANSCENDENTAL = [
+    getattr(_aten, name).default
+    for name in ("silu", "sigmoid", "exp", "log", "tanh", "gelu", "softplus", "log_sigmoid", "erf")
+]
+
+
 class BatchInvariant(TorchDispatchMode):
-    """While it is entered, ``linear``, ``mm``, ``addmm``, ``matmul`` and ``grouped_mm`` work in fixed tiles."""
+    """While it is entered, ``linear``, ``mm``, ``addmm``, ``matmul`` and ``grouped_mm`` work in fixed tiles.
+
+    Transcendental functions work on whole vectors.
+    """
 
     _replaced: Mapping[Any, Callable[..., Tensor]] = {
         _aten.mm.default: _mm,
@@ -72,6 +94,7 @@ class BatchInvariant(TorchDispatchMode):
         _aten.addmm.default: _addmm,
         _aten.matmul.default: _matmul,
         _aten._grouped_mm.default: _grouped_mm,
+        **{op: _whole_vectors(op) for op in _TRANSCENDENTAL},
     }
 
     def __torch_dispatch__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from serve.engine.admission import QueueLimits
 from serve.engine.checks import RequestChecker
 from serve.engine.core import EngineCore
 from serve.engine.engine import AsyncEngine
+from serve.engine.invariance import layers_that_mix_tokens, require_invariant_products
 from serve.engine.model_files import read_model_files
 from serve.engine.paged_cache import choose_num_blocks
 from serve.engine.runner import ModelRunner
@@ -25,6 +27,7 @@ from serve.engine.settings import EngineSettings
 from serve.engine.structured import StructureCompiler
 from serve.engine.weights import WeightsLoader
 
+LOG = logging.getLogger("moeyard.serve.engine")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -84,7 +87,7 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
     Raises:
         CheckpointError: a damaged or foreign directory.
         TokenizerError: its tokenizer cannot be read.
-        UserError: its gate cannot generate text.
+        UserError: its gate cannot generate text; or batch-invariant mode was asked for and is not possible.
     """
     settings = settings or EngineSettings()
     files = read_model_files(model_dir)
@@ -95,6 +98,12 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
         pack_experts(model)
     counts = count_params(config, loaded.gate)
     gates = serving_gate_names(model)
+    if settings.batch_invariant:
+        require_invariant_products(model)
+        for index, layer in layers_that_mix_tokens(model):
+            name = layer.gate_for(Mode.DECODE).config.name
+            LOG.warning("gate %s of block %d is not batch-invariant: it is asked token by token", name, index)
+            layer.route_alone = True
     info = ModelInfo(
         model_id=model_id,
         created=files.created,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from gates import Mode, gate_names
+from gates import GateInput, GateOutput, Mode, gate_names
 from moe import ModelConfig, MoEConfig, Transformer
 from moe.generate import SamplingParams, generate
 from moe.tokenizer import Tokenizer
 from moe.transformer import ForwardContext, next_token_loss
-from serve.client import SamplingOptions, TokenChunk
+from serve.client import TokenChunk
+from serve.engine.invariance import layers_that_mix_tokens, require_invariant_products
 from serve.engine.load import serving_gate_names
 from tests.engine_driver import Driver, Reader
 
@@ -272,6 +275,38 @@ def test_scores_that_are_not_numbers_fail_their_request_only() -> None:
     assert driver.core.finished == {"length": 1, "error": 1}
 
 
-def test_the_gate_that_serves_is_named() -> None:
-    assert serving_gate_names(model_with("topk")) == ["topk", "topk"]
-    assert SamplingOptions().structure is None
+@pytest.mark.parametrize("gate", GATES)
+def test_few_gates_round_otherwise_beside_other_tokens_and_those_are_exact_when_asked_alone(gate: str) -> None:
+    model = copy.deepcopy(model_with(gate))
+    mixing = layers_that_mix_tokens(model)
+    assert len(serving_gate_names(model)) == 2
+    assert {layer.gate.config.name for _, layer in mixing} <= {"comet"}
+    for _, layer in mixing:
+        layer.route_alone = True
+    wanted: list[int] | None = None
+    for company in range(3):
+        driver = Driver(model, TOKENIZER, batch_invariant=True, step_tokens=7 + company, sequences=4)
+        for prompt in PROMPTS[:company]:
+            driver.ask(prompt, max_tokens=6)
+        reader = driver.ask(PROMPTS[3], max_tokens=6, logprobs=0)
+        driver.run()
+        found = (reader.tokens(), logprobs(reader))
+        wanted = wanted or found  # type: ignore[assignment]
+        assert found == wanted
+
+
+def test_a_gate_that_looks_at_other_tokens_is_found() -> None:
+    model = copy.deepcopy(model_with("topk"))
+    gate = model.gates()[1][1]
+    route = gate.route
+
+    def by_rank(inp: GateInput) -> GateOutput:
+        """Routes by how a token compares with the others of its batch."""
+        return route(replace(inp, x_TD=inp.x_TD - inp.x_TD.mean(0)))
+
+    gate.route = by_rank  # type: ignore[method-assign]
+    assert [index for index, _ in layers_that_mix_tokens(model)] == [1]
+
+
+def test_products_of_this_machine_can_be_made_invariant() -> None:
+    require_invariant_products(model_with("topk"))
