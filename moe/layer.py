@@ -47,7 +47,10 @@ class RoutingContext:
 
     def gate_input(self, x_TD: Tensor) -> GateInput:
         """These facts about the tokens ``x_TD``."""
-        return GateInput(x_TD, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "causal"})
+        return GateInput(x_TD, **{name: getattr(self, name) for name in _GATE_FIELDS})
+
+
+_GATE_FIELDS = tuple(f.name for f in fields(RoutingContext) if f.name != "causal")
 
 
 def weighted_aux(aux: Mapping[str, Tensor], coefs: Mapping[str, float], gate_name: str) -> Tensor | float:

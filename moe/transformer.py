@@ -354,19 +354,20 @@ class Transformer(nn.Module):
         x_BTD = F.embedding(ids_BT, self.embed.weight).to(torch.promote_types(dtype, torch.float32))
         routing: list[LayerRouting] = []
         for i, block in enumerate(self._blocks()):
-            routing_context = replace(routing_context, layer=len(routing))
             try:
                 if recompute:
                     x_BTD, output = _RecomputedBlock(block, rotary, dtype, routing_context, noise_seed)(x_BTD)
                 else:
                     attend = None if cache is None else partial(cache.attend, i)
-                    rng = layer_generator(noise_seed, i, x_BTD.device)
-                    x_BTD, output = block(x_BTD, rotary, attend, replace(routing_context, rng=rng), dtype)
+                    if noise_seed is not None:
+                        rng = layer_generator(noise_seed, i, x_BTD.device)
+                        routing_context = replace(routing_context, rng=rng)
+                    x_BTD, output = block(x_BTD, rotary, attend, routing_context, dtype)
             except GateNumericsError as error:
                 raise GateNumericsError(f"block {i}: {error}") from error
             if output is not None:
                 routing.append(LayerRouting(i, output))
-                routing_context = replace(routing_context, prev_logits_TE=output.logits_TE)
+                routing_context = replace(routing_context, layer=len(routing), prev_logits_TE=output.logits_TE)
         if cache is not None:
             cache.advance(length)
         return x_BTD, tuple(routing)
