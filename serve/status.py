@@ -68,6 +68,18 @@ class EngineHealth:
     heartbeat_age_s: float = 0.0
     detail: str = ""
 
+    def trouble(self, limit_s: float) -> str | None:
+        """What is wrong, or None. A dead, stopped or wedged engine is ill; a starting or draining one is not.
+
+        Args:
+            limit_s: a loop that has not turned for longer is wedged.
+        """
+        if self.status in ("dead", "stopped"):
+            return f"The engine is {self.status}." + (f" {self.detail}" if self.detail else "")
+        if self.heartbeat_age_s > limit_s:
+            return f"The engine has not passed its loop for {self.heartbeat_age_s:.0f} s."
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:

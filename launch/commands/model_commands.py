@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from moe.checkpoint import LoadedModel
 
 PANEL = "Use a model"
+ACCESS, ENGINE, RAY = "Who may use it", "Engine", "Ray"
 
 
 def _probability(value: float) -> float:
@@ -196,31 +198,154 @@ def serve(
             "--api-key",
             envvar="MOEYARD_API_KEYS",
             help="Accepted key; repeat for more, or separate them by spaces in the variable. None: no key needed.",
+            rich_help_panel=ACCESS,
         ),
     ] = None,
-    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Waiting requests; more get 429.")] = 64,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="More accepted keys, one a line.", rich_help_panel=ACCESS)
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            "--admin-key",
+            envvar="MOEYARD_ADMIN_KEY",
+            help="Opens /admin/: other weights, expert records, cache reset. None: closed.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", min=1, help="Sequences computed at once.", rich_help_panel=ENGINE)
+    ] = 32,
+    max_step_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-step-tokens",
+            min=1,
+            help="Positions of one forward pass; longer prompts are cut into pieces.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = 512,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=0, help="Waiting requests; more get 429.", rich_help_panel=ENGINE)
+    ] = 64,
+    max_queue_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-queue-tokens", min=1, help="Prompt tokens that may wait; more get 429.", rich_help_panel=ENGINE
+        ),
+    ] = 262_144,
+    kv_cache_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-cache-gib",
+            help="Memory for keys and values; some full contexts unless given.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep computed prompts for requests that begin alike.", rich_help_panel=ENGINE)
+    ] = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="The same seed gives the same text whatever else is computed; slower.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (as stored), fp32 or bf16.", rich_help_panel=ENGINE)
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...", rich_help_panel=ENGINE)] = "cpu",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Compute threads; all cores but one unless given.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, help="Compute threads; all cores but one unless given.", rich_help_panel=ENGINE
+        ),
     ] = None,
     drain_s: Annotated[
         float, typer.Option("--drain", min=0, help="Seconds for running requests after a signal.")
     ] = 30.0,
+    request_timeout_s: Annotated[
+        float | None, typer.Option("--request-timeout", help="Seconds that an answer may take in all; none: no limit.")
+    ] = None,
     access_log: Annotated[bool, typer.Option(help="One line per request on stderr.")] = True,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Those lines as JSON objects.")] = False,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="On Ray Serve; starts a local Ray unless RAY_ADDRESS is set.", rich_help_panel=RAY),
+    ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="A: every replica answers HTTP. B: HTTP replicas in front of engine replicas.",
+            rich_help_panel=RAY,
+        ),
+    ] = "A",
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines of the model.", rich_help_panel=RAY)] = 1,
 ) -> int:
-    """Serve a model over HTTP, with OpenAI's API."""
-    from serve.hosts.embedded import serve_model
+    """Serve a model over HTTP, with OpenAI's API and a page to chat and watch the experts."""
+    from moe.errors import UserError
+    from serve.hosts.embedded import require_serve_extra, serve_model
 
-    return serve_model(
+    if layout not in ("A", "B"):
+        raise UserError(f"--layout must be A or B, got {layout!r}")
+    if not ray and (layout != "A" or replicas != 1):
+        raise UserError("--layout and --replicas are for Ray: add --ray")
+    require_serve_extra()
+    from serve.engine.settings import EngineSettings
+    from serve.http.settings import ServerSettings
+
+    def start(*args: Any, **kwargs: Any) -> int:
+        if not ray:
+            return serve_model(*args, **kwargs)
+        from serve.hosts.ray_local import serve_with_ray
+
+        return serve_with_ray(*args, **kwargs, layout="A" if layout == "A" else "B", replicas=replicas)
+
+    return start(
         path,
         host=host,
         port=port,
-        api_keys=tuple(api_key or ()),
-        max_queue=max_queue,
-        threads=threads,
         name=name,
-        drain_s=drain_s,
+        engine=EngineSettings(
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            max_queue=max_queue,
+            max_queue_tokens=max_queue_tokens,
+            kv_cache_gib=kv_cache_gib,
+            prefix_cache=prefix_cache,
+            batch_invariant=batch_invariant,
+            threads=threads,
+            dtype=dtype,  # type: ignore[arg-type]  # checked there, with the values that are allowed
+            device=device,
+        ),
+        settings=ServerSettings(
+            api_keys=(*(api_key or ()), *_keys_in(api_key_file)),
+            admin_key=admin_key,
+            drain_s=drain_s,
+            request_timeout_s=request_timeout_s,
+            access_log_format="json" if log_json else "text",
+        ),
         access_log=access_log,
     )
+
+
+def _keys_in(file: Path | None) -> list[str]:
+    """Keys of a file, one a line; empty lines and those that begin with # do not count."""
+    from moe.errors import UserError
+
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise UserError(f"--api-key-file {file}: has no key in it; without keys everybody would be let in")
+    return keys
 
 
 def _load(path: str) -> LoadedModel:

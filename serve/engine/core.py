@@ -116,7 +116,7 @@ class EngineCore:
         version: str = "0",
     ) -> None:
         self.runner, self.tokenizer, self.end_ids = runner, tokenizer, end_ids
-        self._context_length, self._prefix_cache = context_length, prefix_cache
+        self._context_length, self.reuses_prompts = context_length, prefix_cache
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, limits or BatchLimits(), version.encode())
         config = runner.model.config
@@ -176,7 +176,7 @@ class EngineCore:
             list(ids),
             len(ids),
             (job.priority, self._arrivals),
-            reuse=reuse and self._prefix_cache,
+            reuse=reuse and self.reuses_prompts,
         )
 
     def abort(self, request_id: str, error: EngineError | None = None) -> list[Delivery]:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -42,6 +42,7 @@ from serve.client import (
 from serve.engine.admission import Admission, QueueLimits
 from serve.engine.checks import RequestChecker
 from serve.engine.core import EmbeddingJob, EngineCore, GenerationJob, Job
+from serve.engine.expert_gang import GangKeeper
 from serve.engine.meter import ServiceTime, Throughput
 from serve.engine.stream import AnswerStream, Delivery, deliver
 from serve.engine.weights import WeightsLoader
@@ -89,6 +90,9 @@ class AsyncEngine:
         weights: loads other weights for this engine; None: they cannot be changed.
         limits: bounds of the queue.
         threads: compute threads of the engine's thread; None keeps torch's choice.
+
+    Attributes:
+        keeper: looks after the processes that experts are spread over, if they are; set before the start.
     """
 
     def __init__(
@@ -117,6 +121,15 @@ class AsyncEngine:
         self._service, self._throughput = ServiceTime(), Throughput()
         self._swap: _Swap | None = None
         self._swapping = asyncio.Lock()
+        self.keeper: GangKeeper | None = None
+
+    def memory_line(self) -> str:
+        """What the cache of keys and values holds, for people."""
+        runner = self.core.runner
+        positions = runner.num_blocks * runner.block_size
+        gib = positions * runner.kv.position_bytes / 2**30
+        prefix = "kept for prompts that begin alike" if self.core.reuses_prompts else "prefix cache off"
+        return f"{positions:,} positions in blocks of {runner.block_size} ({gib:.2f} GiB), {prefix}"
 
     # The protocol; every method runs in an event loop.
 
@@ -151,6 +164,8 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join, JOIN_S)
             if self._thread.is_alive():
                 LOG.warning("the engine's thread is still computing %.0f s after it was told to stop", JOIN_S)
+        if self.keeper is not None:
+            await asyncio.to_thread(self.keeper.gang.close)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         return (self.info,)
@@ -219,6 +234,13 @@ class AsyncEngine:
         """See :meth:`serve.client.EngineClient.expert_record`."""
         self._know(model)
         return self.core.experts.recorded()
+
+    async def rebalance_experts(self) -> Mapping[str, Any] | None:
+        """Move experts between the processes of the gang now, by what they had to do; None: there is no gang."""
+        keeper, core = self.keeper, self.core
+        if keeper is None:
+            return None
+        return await self._order(lambda: keeper.rebalance(core.experts, core.step_tokens))
 
     async def abort(self, request_id: str) -> bool:
         """See :meth:`serve.client.EngineClient.abort`."""
@@ -320,6 +342,8 @@ class AsyncEngine:
             while self._take_orders():
                 self._hand_over(self.core.step())
                 self._throughput.add(self.core.read_bytes, time.monotonic())
+                if self.keeper is not None:
+                    self.keeper.after_pass(self.core.experts, self.core.step_tokens)
                 if self._swap is not None and (self._swap.running == "keep" or not self.core.scheduler.running):
                     self._carry_out_swap(self._swap)
             self._refuse_all(RequestAbortedError("The server stopped before the answer was complete."))
@@ -332,10 +356,14 @@ class AsyncEngine:
                 self._status = "dead"
             self._refuse_all(EngineDeadError(self._detail))
             self._warm.set()
+            if self.keeper is not None:
+                self.keeper.gang.close()
 
     def _take_orders(self) -> bool:
         """Carries out what is in the box; waits while there is nothing to do at all. False: stop."""
         while True:
+            if self.keeper is not None and self.core.idle:
+                self.keeper.while_idle()  # before anything is taken out of the box, as it may be the end
             with self._changed:
                 self._beat_s = time.monotonic()
                 if self._status == "stopped":
@@ -379,6 +407,8 @@ class AsyncEngine:
     def _carry_out_swap(self, swap: _Swap) -> None:
         assert self._weights is not None
         self.core.use_weights(swap.model, swap.version)
+        if self.keeper is not None:
+            self.keeper.gang.swap(swap.model)
         self.core.scheduler.holding = False
         self.info = self._weights.renewed(self.info, swap.version)
         self._swap = None

@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from moe.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from serve.client import ModelInfo
+    from serve.engine.settings import EngineSettings
+    from serve.http.settings import ServerSettings
 
 ACCESS_LOGGER = "moeyard.serve.access"
 
@@ -54,12 +57,9 @@ def serve_model(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_keys: Sequence[str] = (),
-    max_queue: int = 64,
-    max_queue_tokens: int = 262_144,
-    threads: int | None = None,
     name: str | None = None,
-    drain_s: float = 30.0,
+    engine: EngineSettings | None = None,
+    settings: ServerSettings | None = None,
     access_log: bool = True,
 ) -> int:
     """Serve a run directory's model, or an exported model directory, until a signal.
@@ -67,11 +67,9 @@ def serve_model(
     Args:
         path: run directory (its ``model/``) or model directory.
         port: 0 takes any free port; the printed URL has it.
-        api_keys: accepted bearer tokens; none: no key is asked for.
-        max_queue: requests that may wait; more get 429. max_queue_tokens: the same for their prompt tokens.
-        threads: compute threads; None leaves one core to HTTP.
         name: model name that requests use; None takes the run's or folder's name.
-        drain_s: time that running requests get after a signal.
+        engine: how the model runs; threads that are None leave one core to HTTP.
+        settings: keys and limits of the HTTP side.
         access_log: one line per request on stderr.
 
     Returns:
@@ -92,50 +90,44 @@ def serve_model(
     from serve.http.settings import ServerSettings
     from serve.protocol.chat_template import ChatTemplate
 
-    if max_queue < 0 or max_queue_tokens < 1:
-        raise UserError(
-            f"max_queue must be at least 0 and max_queue_tokens at least 1, got {max_queue} and {max_queue_tokens}"
-        )
-    num_threads, reason = choose_threads(threads)
+    engine, settings = engine or EngineSettings(), settings or ServerSettings()
+    num_threads, reason = choose_threads(engine.threads)
     model_dir = find_model_dir(Path(path))
-    settings = ServerSettings(api_keys=tuple(api_keys), drain_s=drain_s)
     # Connections wait in the backlog from here on; they are answered once the model is there.
     with open_listener(host, port) as listener:
         try:
-            engine = load_engine(
-                model_dir,
-                model_id=name or model_name(model_dir),
-                settings=EngineSettings(max_queue=max_queue, max_queue_tokens=max_queue_tokens, threads=num_threads),
+            client = load_engine(
+                model_dir, model_id=name or model_name(model_dir), settings=replace(engine, threads=num_threads)
             )
         except KeyboardInterrupt:
             return 130
 
-        if engine.info.chat_template is not None:
-            ChatTemplate(engine.info.chat_template, engine.info.special_tokens)  # better now than at the first chat
+        if client.info.chat_template is not None:
+            ChatTemplate(client.info.chat_template, client.info.special_tokens)  # better now than at the first chat
         url = url_of(listener)
 
         def announce() -> None:
             seconds = time.monotonic() - started_s
             threads_line = f"{num_threads} ({reason})"
-            for line in describe(engine.info, url, seconds, threads_line, len(settings.api_keys)):
+            for line in describe(client.info, url, seconds, threads_line, len(settings.api_keys), client.memory_line()):
                 print(line, flush=True)
             if not settings.api_keys and not is_loopback(host):
                 print(f"warning: anybody who reaches {host}:{port} can use this server; set an API key", flush=True)
 
         def draining(unfinished: int) -> None:
             if unfinished:
-                wait = f"waiting up to {drain_s:g} s for {unfinished} unfinished request(s); Ctrl-C again: end them now"
-                print(wait, flush=True)
+                wait = f"waiting up to {settings.drain_s:g} s for {unfinished} unfinished request(s)"
+                print(f"{wait}; Ctrl-C again: end them now", flush=True)
 
-        app = build_app(engine, settings)
-        server = EmbeddedServer(app, engine, drain_s=drain_s, on_ready=announce, on_drain=draining)
+        app = build_app(client, settings)
+        server = EmbeddedServer(app, client, drain_s=settings.drain_s, on_ready=announce, on_drain=draining)
 
         async def run() -> None:
-            await engine.start()
+            await client.start()
             await server.serve(sockets=[listener])
 
         try:
-            with access_lines(access_log):
+            with access_lines(access_log, timed=settings.access_log_format == "text"):
                 asyncio.run(run())
         except EngineDeadError as error:
             raise CheckpointError(f"{model_dir}: the model was loaded but does not run: {error.__cause__}") from error
@@ -147,7 +139,7 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def describe(model: ModelInfo, url: str, seconds: float, threads: str, num_keys: int) -> list[str]:
+def describe(model: ModelInfo, url: str, seconds: float, threads: str, num_keys: int, memory: str = "") -> list[str]:
     """What a newcomer needs on the terminal: where, what, and one command to try."""
     body = json.dumps({"model": model.model_id, "prompt": "Once", "max_tokens": 32})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if num_keys else ""
@@ -157,21 +149,29 @@ def describe(model: ModelInfo, url: str, seconds: float, threads: str, num_keys:
         f"  model    {model.model_id} (weights {model.weights_version})",
         f"  params   {model.num_params:,}, {model.active_params:,} active per token; {experts}",
         f"  context  {model.context_length:,} tokens",
+        *([f"  cache    {memory}"] if memory else []),
+        f"  gate     {model.gate}"
+        + (", batch-invariant: the same seed, the same text" if model.batch_invariant else ""),
         f"  threads  {threads}",
         f"  keys     {f'{num_keys} accepted' if num_keys else 'none asked for'}",
+        f"  page     {url}/",
         f"  try      curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ]
 
 
 @contextlib.contextmanager
-def access_lines(enabled: bool) -> Iterator[None]:
-    """One line per request on stderr while the server runs; the logger is as before afterwards."""
+def access_lines(enabled: bool, *, timed: bool = True) -> Iterator[None]:
+    """One line per request on stderr while the server runs; the logger is as before afterwards.
+
+    Args:
+        timed: put the time before each; JSON lines have their own.
+    """
     logger = logging.getLogger(ACCESS_LOGGER)
     if not enabled:
         yield
         return
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s" if timed else "%(message)s", "%H:%M:%S"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -9,12 +9,17 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from serve.client import EngineClient
+from serve.http.admin import admin_router
 from serve.http.errors import install_error_handlers, json_response
 from serve.http.generation import GenerationRoutes
 from serve.http.guard import RequestGuard
 from serve.http.metrics import ServerMetrics
+from serve.http.served_models import ChatTemplates
 from serve.http.settings import ServerSettings
+from serve.http.statuses import error_schemas
 from serve.http.system import system_router
+from serve.http.tokenization import tokenization_router
+from serve.http.vectors import embeddings_router
 
 
 def build_app(client: EngineClient, settings: ServerSettings | None = None) -> FastAPI:
@@ -24,7 +29,7 @@ def build_app(client: EngineClient, settings: ServerSettings | None = None) -> F
     in the application and the client: two applications in one process do not know each other.
     """
     settings = settings or ServerSettings()
-    metrics = ServerMetrics()
+    metrics, templates = ServerMetrics(), ChatTemplates()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,7 +52,10 @@ def build_app(client: EngineClient, settings: ServerSettings | None = None) -> F
     )
     install_error_handlers(app)
     app.include_router(system_router(client, settings, metrics))
-    app.include_router(GenerationRoutes(client, settings, metrics).router())
+    app.include_router(GenerationRoutes(client, settings, metrics, templates).router())
+    app.include_router(embeddings_router(client, settings, metrics))
+    app.include_router(tokenization_router(client, templates))
+    app.include_router(admin_router(client))
     app.add_middleware(RequestGuard, settings=settings)
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -63,4 +71,8 @@ def document_of(app: FastAPI) -> dict[str, Any]:
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError", "Structure"):  # nothing refers to these any more
+        schemas.pop(name, None)
+    schemas.update(error_schemas())
     return document

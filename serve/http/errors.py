@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from serve.client import EngineError
 from serve.http.guard import internal_error, request_id_of
+from serve.http.json_route import is_json
 from serve.protocol.errors import INVALID_REQUEST, SERVER_ERROR, ApiError, from_engine, from_validation, to_json
 
 
@@ -41,7 +42,7 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_validation(request: Request, error: RequestValidationError) -> Response:
         content_type = request.headers.get("content-type", "")
-        if isinstance(error.body, bytes) and not _is_json(content_type):
+        if isinstance(error.body, bytes) and not is_json(content_type):
             # A browser may post text/plain to any origin unasked; only JSON makes it ask first.
             message = f"The request body must be sent as `Content-Type: application/json`, got `{content_type[:80]}`."
             return error_response(ApiError(415, message, code="unsupported_media_type"))
@@ -63,8 +64,3 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(
             ApiError(error.status_code, message, type=kind, code=code, headers=dict(error.headers or {}))
         )
-
-
-def _is_json(content_type: str) -> bool:
-    media = content_type.partition(";")[0].strip().lower()
-    return media.startswith("application/") and media.endswith(("/json", "+json"))

@@ -5,47 +5,21 @@ Plain ASGI instead of Starlette's ``BaseHTTPMiddleware``, which wraps ``receive`
 
 from __future__ import annotations
 
-import hmac
 import logging
 import time
 import uuid
-from hashlib import sha256
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.http.access_log import log_access, printable
+from serve.http.keys import Gate
 from serve.http.settings import ServerSettings
 from serve.protocol.errors import SERVER_ERROR, ApiError, to_json
 
-ACCESS_LOG = logging.getLogger("moeyard.serve.access")
 ERROR_LOG = logging.getLogger("moeyard.serve.errors")
 REQUEST_ID_HEADER = "x-request-id"
-# Everything else needs a key when keys are set, unknown paths included.
-OPEN_PATHS = frozenset({"/health", "/ready"})
-
-
-class KeyRing:
-    """Compares bearer tokens in time that depends neither on the keys nor on which one matches."""
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [sha256(key.encode()).digest() for key in keys]
-
-    def refuses(self, authorization: str | None) -> ApiError | None:
-        """Why this header does not let its sender in; None when it does."""
-        if not self._digests:
-            return None
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            return _unauthorized("You didn't provide an API key: send `Authorization: Bearer YOUR_KEY`.")
-        # ASGI headers are bytes read as latin-1; this gives the bytes back.
-        digest = sha256(token.strip().encode("latin-1")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return None if any(matches) else _unauthorized("Incorrect API key provided.")
-
-
-def _unauthorized(message: str) -> ApiError:
-    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def request_id_of(scope: Scope) -> str:
@@ -61,18 +35,13 @@ def _choose_request_id(headers: Headers) -> str:
     return f"req-{uuid.uuid4().hex}"
 
 
-def printable(path: str) -> str:
-    """A decoded path may hold line breaks, with which a client could forge log lines."""
-    return path.encode("unicode_escape").decode("ascii")
-
-
 class RequestGuard:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
-        self._keys = KeyRing(settings.api_keys)
+        self._gate = Gate(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,23 +73,18 @@ class RequestGuard:
                 raise
             await send_error(stamped_send, internal_error(request_id))
         finally:
-            ACCESS_LOG.info(
-                "%s %s %s %s %.1f ms",
-                request_id,
-                scope["method"],
-                printable(scope["path"]),
-                status or "-",
-                1000 * (time.perf_counter() - started),
-            )
+            log_access(scope, status, time.perf_counter() - started, self._settings.access_log_format)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        if scope["path"] not in OPEN_PATHS:
-            refusal = self._keys.refuses(headers.get("authorization"))
-            if refusal is not None:
-                return refusal
+        refusal = self._gate.refuses(scope, headers.get("authorization"))
+        if refusal is not None:
+            return refusal
         declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > self._settings.max_body_bytes:
-            return self._too_large()
+        if declared.isascii() and declared.isdigit():
+            # Python refuses to read numbers of thousands of digits.
+            digits = declared.lstrip("0")
+            if len(digits) > 18 or int(digits or "0") > self._settings.max_body_bytes:
+                return self._too_large()
         return None
 
     def _too_large(self) -> ApiError:

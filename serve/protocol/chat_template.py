@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moe.errors import UserError
@@ -55,6 +56,7 @@ class ChatTemplate:
 
     Attributes:
         stop: strings that end the assistant's turn besides the request's own.
+        takes_tools: the source looks at ``tools``.
 
     Raises:
         ChatTemplateError: when the source does not compile; says where.
@@ -73,6 +75,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat_template, line {error.lineno}: {error.message}") from error
 
@@ -81,19 +84,29 @@ class ChatTemplate:
         """The fallback: one ``Role: text`` line per message."""
         return cls(PLAIN_TEMPLATE, stop=PLAIN_STOP)
 
-    def render(self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt.
 
         Raises:
-            ApiError: 400 with the template's own words when it refuses the messages (roles out of order, ...).
+            ApiError: 400 with the template's own words when it refuses the messages (roles out of order, ...), or
+                when there are tools and it has no place for them.
         """
+        if tools and not self.takes_tools:
+            message = 'This model\'s chat template has no tools. Send none, or `tool_choice`: "none".'
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
+        # Hugging Face's renderer gives templates these names whether there is something behind them or not.
+        values = {"messages": messages, "tools": tools, "documents": None, **self._special_tokens}
         try:
-            prompt = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
+            prompt = self._template.render(values, add_generation_prompt=add_generation_prompt)
             prompt.encode()  # a lone surrogate, from anywhere in the messages, ends here and not in the tokenizer
             return prompt
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program that came with the model
             raise ApiError(
                 400, f"The model's chat template cannot render these messages: {error}", param="messages"
             ) from error

@@ -67,8 +67,19 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
-def from_engine(error: EngineError) -> ApiError:
-    """What a client is told about an engine's error, and whether a retry can help (status and ``Retry-After``)."""
+def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:
+    """What a client is told about an engine's error, and whether a retry can help (status and ``Retry-After``).
+
+    Args:
+        names: what the client calls a field that the engine knows by another name.
+    """
+    public = _public(error)
+    if public.param is not None and names is not None:
+        public.param = names.get(public.param, public.param)
+    return public
+
+
+def _public(error: EngineError) -> ApiError:
     message = str(error)
     match error:
         case UnknownModelError():
@@ -94,10 +105,11 @@ def from_engine(error: EngineError) -> ApiError:
 def field_path(location: Sequence[int | str]) -> str | None:
     """``("body", "messages", 0, "content")`` as ``messages[0].content``; None for the body as a whole."""
     path = ""
-    for part in location:
+    # The first part is where the value was sent; a field may have such a name too.
+    for part in location[1:] if location and location[0] in ("body", "query", "path", "header") else location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif path or part not in ("body", "query", "path", "header"):
+        else:
             path += f".{part}" if path else part
     return path or None
 

@@ -6,46 +6,29 @@ implement is refused unless its value asks for nothing, because ignoring it woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from serve.client import SamplingDefaults, SamplingOptions
+from serve.client import EngineRequest, ModelInfo, Prompt, SamplingOptions, Structure
+from serve.protocol.structured import (
+    GuidedChoice,
+    GuidedGrammar,
+    GuidedJson,
+    GuidedRegex,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from serve.protocol.validation import RequestBody, check_text, only, problem
 
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 1024
+MAX_LOGIT_BIASES = 4096
 MAX_LOGPROBS = 20
 SEED_BITS = 63
-
-
-def problem(message: str, param: str | None = None, kind: str = "invalid_value") -> PydanticCustomError:
-    """A validation error with our own words; ``param`` is needed only where pydantic cannot know the field."""
-    # pydantic formats the template with the context, so braces in the message must not be read as fields.
-    return PydanticCustomError(kind, "{message}", {"message": message} | ({"param": param} if param else {}))
-
-
-def only(*neutral: object) -> Callable[[Any], Any]:
-    """Refuses every value but null and ``neutral``, which ask for nothing."""
-
-    def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(item) and value == item for item in neutral):
-            return value
-        raise problem("is not supported by this server", kind="unsupported_parameter")
-
-    return check
-
-
-def check_text(text: str) -> str:
-    """Refuses lone surrogates, which JSON can spell (``"\\ud800"``) and UTF-8, and so any tokenizer, cannot."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise problem(f"is not valid Unicode: lone surrogate at character {error.start}") from error
-    return text
+# Far beyond any context, and still a number that every engine can add to another.
+COUNT_LIMIT = 2**31
 
 
 def _stop_list(value: Any) -> Any:
@@ -59,28 +42,42 @@ def _stop_list(value: Any) -> Any:
         raise problem(f"at most {MAX_STOP_STRINGS} stop strings, got {len(stops)}")
     if any(not stop for stop in stops):
         raise problem("a stop string must not be empty")
-    return stops
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise problem(f"a stop string may have at most {MAX_STOP_CHARS} characters")
+    return [check_text(stop) for stop in stops]
 
 
 def _logit_bias(value: dict[str, float] | None) -> dict[str, float] | None:
+    if len(value or {}) > MAX_LOGIT_BIASES:
+        raise problem(f"at most {MAX_LOGIT_BIASES} biases, got {len(value or {})}")
     for key in value or {}:
         if not key.isascii() or not key.isdigit() or len(key) > 9:
             raise problem(f"keys are token ids in decimal, got {key[:40]!r}")
     return value
 
 
+STRUCTURE_FIELDS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 Unsupported = Annotated[Any, AfterValidator(only())]
 Unlisted = Annotated[Any, AfterValidator(only([]))]
 Unset = Annotated[Any, AfterValidator(only(False))]
-StopList = Annotated[list[str] | None, BeforeValidator(_stop_list)]
+_StopForms: TypeAlias = (
+    str
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOP_STRINGS)
+    ]
+    | None
+)
+StopList = Annotated[list[str] | None, BeforeValidator(_stop_list, json_schema_input_type=_StopForms)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class RequestBody(BaseModel):
-    """Base of all request bodies: strict types, so that ``"5"`` is no number and ``1`` no boolean."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
+TokenId = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
+Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
 
 
 class StreamOptions(RequestBody):
@@ -104,27 +101,57 @@ class GenerationFields(RequestBody):
     stop: StopList = None
 
     # What load generators and vLLM's clients send beyond OpenAI.
-    top_k: int | None = Field(None, ge=-1, description="0 and -1 turn it off")
+    top_k: int | None = Field(None, ge=-1, lt=COUNT_LIMIT, description="0 and -1 turn it off")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: Count | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
+    priority: int | None = Field(
+        None, ge=-COUNT_LIMIT, lt=COUNT_LIMIT, description="lower ones are served first; left out: 0 (vLLM)"
+    )
+    return_token_ids: bool | None = Field(None, description="token ids of each choice (vLLM)")
+    return_routing: bool | None = Field(None, description="experts of each generated token (moeyard)")
+
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
+    guided_json: GuidedJson = None
+    guided_regex: GuidedRegex = None
+    guided_choice: GuidedChoice = None
+    guided_grammar: GuidedGrammar = None
+
     # Known, not implemented: refused unless neutral.
     use_beam_search: Unset = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
-    structured_outputs: Unsupported = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise problem("`stream_options` is only allowed when `stream` is true", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> GenerationFields:
+        asked = [name for name in STRUCTURE_FIELDS if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise problem(f"`{asked[0]}` and `{asked[1]}` both ask for a structure; send one of them", asked[1])
+        return self
+
+    @property
+    def structure_field(self) -> str | None:
+        """Name of the field that says what the answer must match."""
+        return next((name for name in STRUCTURE_FIELDS if getattr(self, name) is not None), None)
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the answer must match, whichever field says so."""
+        return getattr(self, self.structure_field) if self.structure_field else None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """This body's names of fields that engines call otherwise in their errors."""
+        return {"response_format": self.structure_field or "response_format"}
 
     @property
     def include_usage(self) -> bool:
@@ -138,14 +165,16 @@ class GenerationFields(RequestBody):
 
     def sampling_options(
         self,
-        defaults: SamplingDefaults,
+        model: ModelInfo,
         *,
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         extra_stop: tuple[str, ...] = (),
+        structure: Structure | None = None,
     ) -> SamplingOptions:
         """The engine's options; what the request leaves out comes from the model's generation defaults."""
+        defaults = model.defaults
 
         def pick(value: float | None, default: float) -> float:
             return default if value is None else value
@@ -173,4 +202,25 @@ class GenerationFields(RequestBody):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=self.skip_special_tokens is not False,
+            structure=structure or self.structure,
+        )
+
+    def engine_request(
+        self,
+        request_id: str,
+        model: ModelInfo,
+        prompts: tuple[Prompt, ...],
+        sampling: SamplingOptions,
+        *,
+        return_prompt: bool = False,
+    ) -> EngineRequest:
+        """The request as the engine gets it."""
+        return EngineRequest(
+            request_id=request_id,
+            model=model.model_id,
+            prompts=prompts,
+            sampling=sampling,
+            return_prompt=return_prompt,
+            return_routing=bool(self.return_routing),
+            priority=self.priority or 0,
         )

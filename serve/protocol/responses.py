@@ -5,11 +5,13 @@ Plain dictionaries are what is sent: building one costs a microsecond, which mat
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, TypeAlias
 
 from typing_extensions import TypedDict
 
 from serve.client import FinishReason
+
+ChatFinishReason: TypeAlias = FinishReason | Literal["tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -38,17 +40,47 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class FunctionCall(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCallBody(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolCallDelta(ToolCallBody):
+    index: int
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallBody]]
 
 
-class ChatChoice(TypedDict):
+class RoutingBody(TypedDict):
+    """Experts of one token and their weights, for each MoE layer."""
+
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
+class ChoiceExtras(TypedDict):
+    """What a choice has only when asked for: vLLM's token ids, and our routing, one entry per token."""
+
+    token_ids: NotRequired[list[int]]
+    routing: NotRequired[list[RoutingBody]]
+
+
+class ChatChoice(ChoiceExtras):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(TypedDict):
@@ -64,13 +96,14 @@ class ChatCompletion(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    tool_calls: list[ToolCallDelta]
 
 
-class ChatChunkChoice(TypedDict):
+class ChatChunkChoice(ChoiceExtras):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(TypedDict):
@@ -90,7 +123,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CompletionChoice(TypedDict):
+class CompletionChoice(ChoiceExtras):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -118,3 +151,36 @@ class ModelBody(TypedDict):
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[ModelBody]
+
+
+class EmbeddingBody(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(TypedDict):
+    object: Literal["list"]
+    data: list[EmbeddingBody]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenized(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    prompt: str
+
+
+class VersionBody(TypedDict):
+    version: str

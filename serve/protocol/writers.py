@@ -11,24 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve.client import TokenChunk, TokenLogprobs, TokenScore, Usage
-from serve.protocol.responses import (
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    Completion,
-    CompletionLogprobs,
-    TopLogprob,
-    UsageBody,
-)
+from serve.client import TokenChunk, TokenRouting, Usage
+from serve.protocol.responses import ChoiceExtras, RoutingBody, UsageBody
+
+# Enough to compare gates' weights, and a third of the bytes of all digits.
+ROUTING_DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseHeader:
-    """What every event of one response repeats, and which optional parts were asked for."""
+    """What every event of one response repeats, and which optional parts were asked for.
+
+    Attributes:
+        tools: the answer may call functions; parallel_tools: more than one.
+    """
 
     response_id: str
     created: int
@@ -36,8 +32,25 @@ class ResponseHeader:
     fingerprint: str
     choices: int
     logprobs: bool = False
+    token_ids: bool = False
+    routing: bool = False
+    tools: bool = False
+    parallel_tools: bool = True
     include_usage: bool = False
     continuous_usage: bool = False
+
+    def extras(self, chunks: Sequence[TokenChunk]) -> ChoiceExtras:
+        """Fields that a choice with these chunks has because they were asked for."""
+        extras: ChoiceExtras = {}
+        if self.token_ids:
+            extras["token_ids"] = [token for chunk in chunks for token in chunk.token_ids]
+        if self.routing:
+            extras["routing"] = [_routing(token) for chunk in chunks for token in chunk.routing]
+        return extras
+
+    def wants(self, chunk: TokenChunk) -> bool:
+        """The chunk has something to tell besides its text."""
+        return bool(chunk.logprobs or (self.token_ids and chunk.token_ids) or (self.routing and chunk.routing))
 
 
 class ResponseWriter(Protocol):
@@ -63,204 +76,13 @@ def usage_body(usage: Usage) -> UsageBody:
     }
 
 
-def _top_logprob(score: TokenScore) -> TopLogprob:
-    return {"token": score.text, "logprob": _finite(score.logprob or 0.0), "bytes": list(score.raw)}
-
-
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI writes -9999.0 for a token that could not be."""
     return max(logprob, -9999.0)
 
 
-class ChatWriter:
-    """``chat.completion`` and ``chat.completion.chunk``.
-
-    The stream's order is what clients count on: the role of every choice, content, for each choice one event with
-    its finish reason and an empty delta, then usage (with an empty choices list) when asked for.
-    """
-
-    def __init__(self, header: ResponseHeader) -> None:
-        self._header = header
-        self._usage = Usage(0, 0)
-        self._chunks: list[list[TokenChunk]] = [[] for _ in range(header.choices)]
-
-    def _event(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        chunk: ChatCompletionChunk = {
-            "id": self._header.response_id,
-            "object": "chat.completion.chunk",
-            "created": self._header.created,
-            "model": self._header.model,
-            "choices": choices,
-            "system_fingerprint": self._header.fingerprint,
-        }
-        if self._header.include_usage:
-            chunk["usage"] = usage_body(self._usage) if self._header.continuous_usage or not choices else None
-        return chunk
-
-    def _choice(self, index: int, delta: ChatDelta) -> ChatChunkChoice:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def opening(self) -> list[ChatCompletionChunk]:
-        return [
-            self._event([self._choice(index, {"role": "assistant", "content": ""})])
-            for index in range(len(self._chunks))
-        ]
-
-    def events(self, chunk: TokenChunk) -> list[ChatCompletionChunk]:
-        self._usage = chunk.usage
-        events = []
-        if chunk.text or chunk.logprobs:
-            choice = self._choice(chunk.index, {"content": chunk.text})
-            if self._header.logprobs:
-                choice["logprobs"] = _chat_logprobs([chunk])
-            events.append(self._event([choice]))
-        if chunk.finish_reason is not None:
-            last = self._choice(chunk.index, {})
-            last["finish_reason"] = chunk.finish_reason
-            events.append(self._event([last]))
-        return events
-
-    def closing(self) -> list[ChatCompletionChunk]:
-        return [self._event([])] if self._header.include_usage else []
-
-    def add(self, chunk: TokenChunk) -> None:
-        self._usage = chunk.usage
-        self._chunks[chunk.index].append(chunk)
-
-    def body(self) -> ChatCompletion:
-        return {
-            "id": self._header.response_id,
-            "object": "chat.completion",
-            "created": self._header.created,
-            "model": self._header.model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": {
-                        "role": "assistant",
-                        "content": "".join(chunk.text for chunk in chunks),
-                        "refusal": None,
-                    },
-                    "logprobs": _chat_logprobs(chunks) if self._header.logprobs else None,
-                    "finish_reason": chunks[-1].finish_reason or "stop",
-                }
-                for index, chunks in enumerate(self._chunks)
-            ],
-            "usage": usage_body(self._usage),
-            "system_fingerprint": self._header.fingerprint,
-        }
-
-
-def _chat_logprobs(chunks: Sequence[TokenChunk]) -> ChatLogprobs:
-    return {"content": [_chat_token(entry) for chunk in chunks for entry in chunk.logprobs], "refusal": None}
-
-
-def _chat_token(entry: TokenLogprobs) -> ChatTokenLogprob:
-    chosen = _top_logprob(entry.chosen)
+def _routing(token: TokenRouting) -> RoutingBody:
     return {
-        "token": chosen["token"],
-        "logprob": chosen["logprob"],
-        "bytes": chosen["bytes"],
-        "top_logprobs": [_top_logprob(score) for score in entry.top],
+        "experts": [list(layer) for layer in token.experts],
+        "weights": [[round(weight, ROUTING_DIGITS) for weight in layer] for layer in token.weights],
     }
-
-
-class CompletionWriter:
-    """``text_completion``, whole or in pieces: both have the same shape."""
-
-    def __init__(self, header: ResponseHeader) -> None:
-        self._header = header
-        self._usage = Usage(0, 0)
-        self._chunks: list[list[TokenChunk]] = [[] for _ in range(header.choices)]
-        # Characters that the echoed prompt puts before the generated text of each choice.
-        self._shift = [0] * header.choices
-
-    def _frame(self) -> Completion:
-        return {
-            "id": self._header.response_id,
-            "object": "text_completion",
-            "created": self._header.created,
-            "model": self._header.model,
-            "choices": [],
-            "system_fingerprint": self._header.fingerprint,
-        }
-
-    def opening(self) -> list[Completion]:
-        return []
-
-    def events(self, chunk: TokenChunk) -> list[Completion]:
-        self._usage = chunk.usage
-        if chunk.prompt is not None:
-            self._shift[chunk.index] = len(chunk.prompt.text)
-        echo = chunk.prompt.text if chunk.prompt is not None else ""
-        scored = chunk.logprobs or (chunk.prompt is not None and chunk.prompt.logprobs)
-        if not (chunk.text or echo or scored or chunk.finish_reason):
-            return []
-        frame = self._frame()
-        frame["choices"] = [
-            {
-                "index": chunk.index,
-                "text": echo + chunk.text,
-                "logprobs": self._completion_logprobs(chunk.index, [chunk]) if self._header.logprobs else None,
-                "finish_reason": chunk.finish_reason,
-            }
-        ]
-        if self._header.include_usage:
-            frame["usage"] = usage_body(self._usage) if self._header.continuous_usage else None
-        return [frame]
-
-    def closing(self) -> list[Completion]:
-        if not self._header.include_usage:
-            return []
-        frame = self._frame()
-        frame["usage"] = usage_body(self._usage)
-        return [frame]
-
-    def add(self, chunk: TokenChunk) -> None:
-        self._usage = chunk.usage
-        if chunk.prompt is not None:
-            self._shift[chunk.index] = len(chunk.prompt.text)
-        self._chunks[chunk.index].append(chunk)
-
-    def body(self) -> Completion:
-        frame = self._frame()
-        for index, chunks in enumerate(self._chunks):
-            echo = "".join(chunk.prompt.text for chunk in chunks if chunk.prompt is not None)
-            frame["choices"].append(
-                {
-                    "index": index,
-                    "text": echo + "".join(chunk.text for chunk in chunks),
-                    "logprobs": self._completion_logprobs(index, chunks) if self._header.logprobs else None,
-                    "finish_reason": chunks[-1].finish_reason,
-                }
-            )
-        frame["usage"] = usage_body(self._usage)
-        return frame
-
-    def _completion_logprobs(self, index: int, chunks: Sequence[TokenChunk]) -> CompletionLogprobs:
-        shift = self._shift[index]
-        entries = [(0, entry) for chunk in chunks if chunk.prompt is not None for entry in chunk.prompt.logprobs]
-        entries += [(shift, entry) for chunk in chunks for entry in chunk.logprobs]
-        return {
-            "tokens": [_legacy_token(entry.chosen) for _, entry in entries],
-            "token_logprobs": [
-                None if entry.chosen.logprob is None else _finite(entry.chosen.logprob) for _, entry in entries
-            ],
-            "top_logprobs": [_legacy_top(entry) for _, entry in entries],
-            "text_offset": [offset + entry.text_offset for offset, entry in entries],
-        }
-
-
-def _legacy_token(score: TokenScore) -> str:
-    """Completions have no ``bytes`` field, so OpenAI spells a token that is not whole characters ``bytes:\\xe2``."""
-    if score.text.encode("utf-8", "replace") == score.raw:
-        return score.text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.raw)
-
-
-def _legacy_top(entry: TokenLogprobs) -> dict[str, float] | None:
-    """The likeliest tokens and the chosen one; null where nothing was predicted."""
-    if entry.chosen.logprob is None:
-        return None
-    scores = [*entry.top, entry.chosen]
-    return {_legacy_token(score): _finite(score.logprob or 0.0) for score in scores}

@@ -281,21 +281,26 @@ def stream_and_signal(url: str, process: int, signal_number: int, n: int) -> lis
 
 def test_sigterm_lets_a_stream_finish_and_exits_with_0(run_dir: Path) -> None:
     code = (
-        "import sys; from serve.hosts.embedded import serve_model;"
-        f"sys.exit(serve_model({str(run_dir)!r}, port=0, threads=1, drain_s=20))"
+        "import sys; from serve.hosts.embedded import serve_model; from serve.engine.settings import EngineSettings;"
+        "from serve.http.settings import ServerSettings;"
+        f"sys.exit(serve_model({str(run_dir)!r}, port=0, engine=EngineSettings(threads=1),"
+        " settings=ServerSettings(drain_s=20)))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=environment)
     assert process.stdout is not None
-    printed = list(itertools.islice(process.stdout, 7))
-    assert len(printed) == 7, process.communicate()[1]
+    printed = list(itertools.islice(process.stdout, 10))
+    assert len(printed) == 10, process.communicate()[1]
     url = printed[0].split()[-1]
     assert printed[0].startswith("ready in ")
     assert "fox-1 (weights " in printed[1]
     assert "4 experts in each of 2 MoE layers" in printed[2]
     assert printed[3] == "  context  512 tokens\n"
-    words = shlex.split(printed[6])
+    assert "positions in blocks of 16" in printed[4]
+    assert printed[5] == "  gate     topk\n"
+    assert printed[8] == f"  page     {url}/\n"
+    words = shlex.split(printed[9])
     assert words[:2] == ["try", "curl"]
     header, data = (words[words.index(flag) + 1] for flag in ("-H", "-d"))
     shown = httpx.post(words[2], content=data, headers=[tuple(header.split(": "))])
@@ -314,7 +319,7 @@ def serve_here(path: Path, **options: Any) -> int:
     alarm = threading.Timer(30, os.kill, (os.getpid(), signal.SIGINT))
     alarm.start()
     try:
-        return serve_model(path, threads=1, **options)
+        return serve_model(path, engine=EngineSettings(threads=1), **options)
     finally:
         alarm.cancel()
 
@@ -334,7 +339,7 @@ def test_ctrl_c_past_the_deadline_ends_a_stream_with_an_error_event_and_exits_wi
 
     with ThreadPoolExecutor(1) as pool:
         visitor = pool.submit(visit)
-        code = serve_here(run_dir, port=port, drain_s=0.2)
+        code = serve_here(run_dir, port=port, settings=ServerSettings(drain_s=0.2))
         lines = visitor.result(10)
     assert code == 130
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "aborted"
