@@ -1,0 +1,264 @@
+"""One engine inside a Ray replica: loading, health, updates in place, and tokens that travel in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+from moe.errors import UserError
+from serve.client import EngineClient, EngineError, EngineRequest, TokenChunk, TokenStream
+from serve.hosts.ray_merge import ReplicaReport
+from serve.hosts.ray_options import RayOptions
+
+LOG = logging.getLogger("moeyard.serve.ray")
+# First item of a remote stream: the engine has taken the request.
+ADMITTED: Final = "admitted"
+# Marks the reason of a failed start in what Ray makes of it, several tracebacks deep.
+REASON = "moeyard cannot serve:"
+# How often an engine looks whether those who read its streams are still there.
+CALLER_CHECK_S = 5.0
+CONTROLS = frozenset(
+    {
+        "abort",
+        "detokenize",
+        "embed",
+        "expert_record",
+        "record_experts",
+        "reset_prefix_cache",
+        "stop",
+        "swap_weights",
+        "tokenize",
+    }
+)
+
+
+class ReplicaStartError(RuntimeError):
+    """Why a replica does not start, in one line that survives Ray's wrapping."""
+
+    def __init__(self, reason: BaseException | str) -> None:
+        super().__init__(f"{REASON} {' '.join(str(reason).split())}")
+
+
+def load_replica_engine(model_dir: Path, model_id: str, options: RayOptions) -> EngineClient:
+    """The only place that knows which engine runs in replicas."""
+    from serve.engine.load import load_engine  # torch: only where there is an engine
+
+    return load_engine(model_dir, model_id=model_id, settings=options.engine_settings())
+
+
+def joined(chunks: list[TokenChunk]) -> list[TokenChunk]:
+    """One chunk for each sequence, in place of all its consecutive ones; the latest, whose usage counts, is last."""
+    groups: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        groups[chunk.index] = [*groups.pop(chunk.index, []), chunk]
+    return [
+        replace(
+            group[-1],
+            text="".join(chunk.text for chunk in group),
+            token_ids=tuple(chain.from_iterable(chunk.token_ids for chunk in group)),
+            logprobs=tuple(chain.from_iterable(chunk.logprobs for chunk in group)),
+            routing=tuple(chain.from_iterable(chunk.routing for chunk in group)),
+            prompt=group[0].prompt,
+        )
+        if len(group) > 1
+        else group[0]
+        for group in groups.values()
+    ]
+
+
+async def batches(stream: TokenStream, every_s: float, max_tokens: int) -> AsyncGenerator[list[TokenChunk], None]:
+    """The stream's chunks in lists: the first at once, then what came within ``every_s`` or ``max_tokens`` tokens.
+
+    Sending an item to another process costs about as much as a token of a small model, whatever is in it, and the
+    same again for every event that a proxy passes on; so the chunks of a list are joined. What was read before an
+    error is yielded before the error is raised.
+    """
+    pending: list[TokenChunk] = []
+    some, enough = asyncio.Event(), asyncio.Event()
+    tokens = 0
+
+    async def pump() -> None:
+        nonlocal tokens
+        try:
+            async for chunk in stream:
+                pending.append(chunk)
+                tokens += len(chunk.token_ids)
+                some.set()
+                if tokens >= max_tokens:
+                    enough.set()
+        finally:
+            some.set()
+            enough.set()
+
+    reader = asyncio.ensure_future(pump())
+    due = 0.0
+    try:
+        while not reader.done() or pending:
+            await some.wait()
+            wait_s = due - time.monotonic()
+            if wait_s > 0 and not enough.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(enough.wait(), wait_s)
+            batch, pending = pending, []
+            tokens = 0
+            if not reader.done():
+                some.clear()
+                enough.clear()
+            if batch:
+                due = time.monotonic() + every_s
+                yield joined(batch)
+        reader.result()
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+class EngineHost:
+    """The engine of one replica.
+
+    Args:
+        model_id: name in requests. model_dir: the model to start with.
+        replica_id: in reports.
+        caller_lives: whether a process that reads streams is still there; None: nobody looks.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        model_dir: Path,
+        options: RayOptions,
+        *,
+        replica_id: str = "",
+        caller_lives: Callable[[str], bool] | None = None,
+    ) -> None:
+        self._model_id, self._model_dir, self._options = model_id, model_dir, options
+        self._replica_id, self._caller_lives = replica_id, caller_lives
+        self._client: EngineClient | None = None
+        self._weights = str(model_dir)
+        self._configured = self._stopping = False
+        self._callers: dict[str, str] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def client(self) -> EngineClient:
+        assert self._client is not None
+        return self._client
+
+    async def start(self) -> None:
+        """Load and warm up.
+
+        Raises:
+            ReplicaStartError: a model that cannot be loaded or does not run.
+        """
+        try:
+            self._client = await asyncio.to_thread(load_replica_engine, self._model_dir, self._model_id, self._options)
+            await self._client.start()
+        except UserError as error:
+            raise ReplicaStartError(error) from error
+        except EngineError as error:
+            raise ReplicaStartError(
+                f"{self._model_dir}: loaded, but does not run: {error.__cause__ or error}"
+            ) from error
+        if self._caller_lives is not None:
+            self._watch = asyncio.ensure_future(self._abort_orphans(self._caller_lives))
+
+    async def stop(self) -> None:
+        """Free the engine. Ray has waited for the requests by now."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._client is not None:
+            await self._client.stop()
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead, stopped or wedged; a busy one keeps its heartbeat.
+
+        One that was told to stop is well: Ray would put another in its place.
+        """
+        if self._stopping:
+            return
+        trouble = (await self.client.health()).trouble(self._options.heartbeat_limit_s)
+        if trouble is not None:
+            raise RuntimeError(trouble)
+
+    async def report(self) -> ReplicaReport:
+        (model,) = await self.client.models()
+        stats, health = await self.client.stats(), await self.client.health()
+        return ReplicaReport(self._replica_id, os.getpid(), model, stats, health)
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Ray's ``user_config``: ``weights``, a model directory to serve from now on, and ``running``, what becomes
+        of running requests (see :meth:`serve.client.EngineClient.swap_weights`).
+
+        Weights that cannot be served keep a new replica from starting, but leave a running one as it is: Ray replaces
+        replicas whose update fails by new ones, which would fail as well, and soon nobody would answer.
+        """
+        starting, self._configured = not self._configured, True
+        try:
+            unknown = config.keys() - {"weights", "running"}
+            if unknown:
+                raise UserError(f"user_config: unknown {', '.join(sorted(unknown))}; known are weights and running")
+            weights = str(config.get("weights") or self._model_dir)
+            if weights != self._weights:
+                version = await self.client.swap_weights(
+                    self._model_id, weights, running=config.get("running", "drain")
+                )
+                self._weights = weights
+                LOG.info("%s serves the weights %s of %s", self._model_id, version, weights)
+        except (UserError, EngineError) as error:
+            if starting:
+                raise ReplicaStartError(error) from error
+            LOG.error("%s goes on with the weights of %s: %s", self._model_id, self._weights, error)
+
+    async def generate(self, request: EngineRequest, caller: str = "") -> AsyncGenerator[object, None]:
+        """ADMITTED, then lists of chunks; an :class:`EngineError` instead of either is the end.
+
+        Errors are items because Ray would wrap and log what is raised. Closing or cancelling aborts the request.
+        """
+        try:
+            stream = await self.client.generate(request)
+        except EngineError as error:
+            yield error
+            return
+        if caller:
+            self._callers[request.request_id] = caller
+        try:
+            yield ADMITTED
+            every_s, max_tokens = self._options.batch_ms / 1000, self._options.batch_tokens
+            async with contextlib.aclosing(batches(stream, every_s, max_tokens)) as lists:
+                async for batch in lists:
+                    yield batch
+        except EngineError as error:
+            yield error
+        finally:
+            self._callers.pop(request.request_id, None)
+            await stream.aclose()
+
+    async def control(self, method: str, *args: Any, **kwargs: Any) -> object:
+        """The result of a method of the engine client, or the :class:`EngineError` that it raised."""
+        if method not in CONTROLS:
+            raise ValueError(f"not a method to call from outside: {method}")
+        self._stopping = self._stopping or method == "stop"
+        call: Callable[..., Awaitable[object]] = getattr(self.client, method)
+        try:
+            return await call(*args, **kwargs)
+        except EngineError as error:
+            return error
+
+    async def _abort_orphans(self, caller_lives: Callable[[str], bool]) -> None:
+        """Ends requests whose reader's process has died: nobody is left to cancel them."""
+        while True:
+            await asyncio.sleep(CALLER_CHECK_S)
+            for caller in set(self._callers.values()):
+                if await asyncio.to_thread(caller_lives, caller):
+                    continue
+                for request_id in [key for key, value in self._callers.items() if value == caller]:
+                    LOG.warning("aborting %s: its reader %s is gone", request_id, caller)
+                    await self.client.abort(request_id)
