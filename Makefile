@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Ranks talk over loopback; without this gloo asks the resolver for this machine's name.
 export GLOO_SOCKET_IFNAME ?= lo
 
-.PHONY: help demo test test-fast test-explore test-peers lint types install install-dev train clean
+.PHONY: help demo test test-fast test-explore test-peers test-ray soak lint types install install-dev train clean
 
 help:
 	@echo "make demo       install, train the $(RECIPE) recipe on $(RANKS) processes, print a sample"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-fast  unit and property tests only"
 	@echo "make test-explore  property tests with new random examples"
 	@echo "make test-peers    gates beside DeepSpeed's, Megatron's and transformers' functions (installs them)"
+	@echo "make test-ray      the server on Ray Serve, and random requests over the whole API (installs ray, schemathesis)"
+	@echo "make soak       30 minutes of rude traffic against a server; MINUTES=n for another time"
 	@echo "make train      train $(RECIPE) again (RECIPE=name RANKS=n)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -60,6 +62,16 @@ PEERS := deepspeed==0.19.8 megatron-core==0.16.1 hjson ninja py-cpuinfo einops m
 test-peers: install-dev
 	@DS_BUILD_OPS=0 $(PIP) --no-deps $(PEERS)
 	@DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.cache/torch_extensions $(BIN)/python -m pytest tests/parity -m peer
+
+# What needs packages too large for the dev extra: Ray and its 300 MB, and random requests over the whole API.
+test-ray: install-dev
+	@$(PIP) "ray[serve]>=2.60" schemathesis
+	@$(BIN)/python -m pytest tests/e2e/test_serve_ray.py tests/e2e/test_serve_ray_local.py tests/unit/test_serve_http_schemathesis.py
+
+# The one-minute form of it is among the tests.
+MINUTES ?= 30
+soak: install-dev
+	@$(BIN)/python benchmarks/serve/soak.py --minutes $(MINUTES)
 
 lint: install-dev
 	@$(BIN)/ruff check .

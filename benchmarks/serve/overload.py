@@ -84,10 +84,11 @@ def main() -> None:
                 shares.append(goodput / best)
                 slowest = sorted(1e3 * answer.total_s for answer in refused)
                 rejects_ms.append(slowest)
+                print(f"peak {best:,.0f} tokens/s; {rate:,.0f} requests/s: goodput {goodput:,.0f} tokens/s,", end=" ")
+                print(f"{len(answers) - len(refused)} answered, {len(refused)} refused in", end=" ")
                 print(
-                    f"peak {best:,.0f} tokens/s; {rate:,.0f} requests/s: goodput {goodput:,.0f} tokens/s,"
-                    f" {len(answers) - len(refused)} answered, {len(refused)} refused in"
-                    f" {slowest[len(slowest) // 2]:.1f} ms (99th percentile {slowest[int(0.99 * len(slowest))]:.1f}, slowest {slowest[-1]:.1f})",
+                    f"{slowest[len(slowest) // 2]:.1f} ms (99th percentile {slowest[int(0.99 * len(slowest))]:.1f},"
+                    f" slowest {slowest[-1]:.1f})",
                     flush=True,
                 )
     print(f"goodput over peak: {spread(shares, 3)}; statuses {sorted(statuses)}")
