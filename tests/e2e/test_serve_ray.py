@@ -41,7 +41,7 @@ from serve.hosts.ray_merge import ReplicaReport, merge_stats
 from serve.hosts.ray_options import RayOptions
 from serve.hosts.sockets import free_port
 
-pytest.importorskip("ray.serve", reason="needs Ray: pip install 'moeyard[ray]'")
+pytest.importorskip("ray.serve", reason="needs Ray: make test-ray")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray

@@ -22,7 +22,7 @@ from moe.config import ModelConfig, MoEConfig
 from moe.tokenizer import Tokenizer
 from moe.transformer import Transformer
 
-pytest.importorskip("ray.serve", reason="needs Ray: pip install 'moeyard[ray]'")
+pytest.importorskip("ray.serve", reason="needs Ray: make test-ray")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
