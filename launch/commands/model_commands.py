@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from moe.checkpoint import LoadedModel
 
 PANEL = "Use a model"
-ACCESS, ENGINE, RAY = "Who may use it", "Engine", "Ray"
+ACCESS, ENGINE, RAY, EXPERTS = "Who may use it", "Engine", "Ray", "Expert parallelism"
 
 
 def _probability(value: float) -> float:
@@ -284,6 +285,18 @@ def serve(
         ),
     ] = "A",
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines of the model.", rich_help_panel=RAY)] = 1,
+    expert_parallel: Annotated[
+        int,
+        typer.Option(
+            "--expert-parallel", min=1, help="Processes that the experts are spread over.", rich_help_panel=EXPERTS
+        ),
+    ] = 1,
+    extra_experts: Annotated[
+        int,
+        typer.Option(
+            "--extra-experts", min=0, help="Copies of hot experts per process and layer.", rich_help_panel=EXPERTS
+        ),
+    ] = 1,
 ) -> int:
     """Serve a model over HTTP, with OpenAI's API and a page to chat and watch the experts."""
     from moe.errors import UserError
@@ -291,6 +304,8 @@ def serve(
 
     if layout not in ("A", "B"):
         raise UserError(f"--layout must be A or B, got {layout!r}")
+    if ray and expert_parallel > 1:
+        raise UserError("--expert-parallel is for one server on one machine: leave out --ray")
     if not ray and (layout != "A" or replicas != 1):
         raise UserError("--layout and --replicas are for Ray: add --ray")
     require_serve_extra()
@@ -298,6 +313,11 @@ def serve(
     from serve.http.settings import ServerSettings
 
     def start(*args: Any, **kwargs: Any) -> int:
+        if expert_parallel > 1:
+            from launch.serve_gang import load_gang_engine
+
+            spread = partial(load_gang_engine, world_size=expert_parallel, extra_experts=extra_experts)
+            return serve_model(*args, **kwargs, load=spread)
         if not ray:
             return serve_model(*args, **kwargs)
         from serve.hosts.ray_local import serve_with_ray

@@ -3,7 +3,7 @@
 The engine's process is rank 0 and has everything but most experts. ``parallel`` implements the protocol, ``launch``
 starts the processes; the engine knows neither.
 
-Shape suffixes: L MoE layers, E experts.
+Shape suffixes: L MoE layers, E experts, W processes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ExpertGang(Protocol):
         """Spread a whole model of the same shape whose weights the other processes do not have."""
         ...
 
-    def imbalance(self) -> float:
-        """Rows of the busiest process over the mean's, since experts were last moved."""
+    def rows(self) -> Tensor:
+        """(L, W) int64 rows that each process has computed since the start."""
         ...
 
     def rebalance(self, load_LE: Tensor) -> Mapping[str, Any]:
@@ -87,37 +87,47 @@ CHECK_S = 1.0
 
 
 class GangKeeper:
-    """Looks after a gang for the engine: signs of life while idle, other placements while busy."""
+    """Looks after a gang for the engine: signs of life while idle, other placements while busy.
+
+    Attributes:
+        gang: the gang.
+        last_summary: what came of the last rebalance, for people.
+    """
 
     def __init__(self, gang: ExpertGang, policy: RebalancePolicy | None = None) -> None:
         self.gang, self.policy = gang, policy or RebalancePolicy()
         self.last_summary: Mapping[str, Any] | None = None
         self._checked_s = 0.0
-        self._steps = 0
-        self._seen: tuple[int, Tensor] | None = None
+        self._passes = 0
+        self._seen: _Look | None = None
 
     def after_pass(self, counts: ExpertCounts, tokens: int) -> None:
         """A pass is over. ``counts``, ``tokens``: experts' work and positions since the engine's start."""
         self._checked_s = time.monotonic()  # every worker that had rows has just shown that it lives
-        self._steps += 1
-        if not self.policy.every_steps or self._steps < self.policy.every_steps:
+        self._passes += 1
+        if not self.policy.every_steps or self._passes < self.policy.every_steps:
             return
-        if tokens - (self._seen[0] if self._seen else 0) < self.policy.min_tokens:
+        if tokens - (self._seen.tokens if self._seen else 0) < self.policy.min_tokens:
             return
-        self._steps = 0
-        if self.gang.imbalance() >= self.policy.threshold:
+        rows_LW = self.gang.rows()
+        if imbalance_of(rows_LW - self._seen.rows_LW if self._seen else rows_LW) >= self.policy.threshold:
             self.rebalance(counts, tokens)
         else:
-            self._seen = (tokens, _total(counts))
+            self._look(counts, tokens)
 
     def rebalance(self, counts: ExpertCounts, tokens: int) -> Mapping[str, Any]:
         """By the loads since the last look; by all loads if there are none since."""
-        total_LE = _total(counts)
-        since_LE = total_LE - self._seen[1] if self._seen else total_LE
-        self.last_summary = self.gang.rebalance(since_LE if since_LE.any() else total_LE)
-        self._seen = (tokens, total_LE)
+        before_LE = self._seen.load_LE if self._seen else None
+        seen = self._look(counts, tokens)
+        since_LE = seen.load_LE if before_LE is None else seen.load_LE - before_LE
+        self.last_summary = self.gang.rebalance(since_LE if since_LE.any() else seen.load_LE)
         LOG.info("experts rebalanced: %s", self.last_summary)
         return self.last_summary
+
+    def _look(self, counts: ExpertCounts, tokens: int) -> _Look:
+        self._passes = 0
+        self._seen = _Look(tokens, torch.tensor(counts.total(), dtype=torch.int64), self.gang.rows())
+        return self._seen
 
     def while_idle(self) -> None:
         """About once a second a sign of life of every process; nothing in between."""
@@ -127,5 +137,16 @@ class GangKeeper:
             self._checked_s = time.monotonic()
 
 
-def _total(counts: ExpertCounts) -> Tensor:
-    return torch.tensor(counts.total(), dtype=torch.int64)
+@dataclass(frozen=True)
+class _Look:
+    """The counters when the imbalance was last looked at."""
+
+    tokens: int
+    load_LE: Tensor
+    rows_LW: Tensor
+
+
+def imbalance_of(rows_LW: Tensor) -> float:
+    """The busiest process's rows over the mean's, layers added up, as each layer waits for all; 1.0 without rows."""
+    total = int(rows_LW.sum())
+    return int(rows_LW.amax(1).sum()) * rows_LW.shape[1] / total if total else 1.0

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from moe.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from serve.client import ModelInfo
+    from serve.engine.engine import AsyncEngine
     from serve.engine.settings import EngineSettings
     from serve.http.settings import ServerSettings
 
@@ -61,6 +62,7 @@ def serve_model(
     engine: EngineSettings | None = None,
     settings: ServerSettings | None = None,
     access_log: bool = True,
+    load: Callable[..., AsyncEngine] | None = None,
 ) -> int:
     """Serve a run directory's model, or an exported model directory, until a signal.
 
@@ -71,6 +73,7 @@ def serve_model(
         engine: how the model runs; threads that are None leave one core to HTTP.
         settings: keys and limits of the HTTP side.
         access_log: one line per request on stderr.
+        load: makes the engine, called as :func:`serve.engine.load.load_engine` is; it then chooses threads, too.
 
     Returns:
         Exit code: 0 after SIGTERM, 130 after Ctrl-C.
@@ -91,14 +94,17 @@ def serve_model(
     from serve.protocol.chat_template import ChatTemplate
 
     engine, settings = engine or EngineSettings(), settings or ServerSettings()
-    num_threads, reason = choose_threads(engine.threads)
+    if load is None:
+        num_threads, reason = choose_threads(engine.threads)
+        engine, load = replace(engine, threads=num_threads), load_engine
+        threads_line = f"{num_threads} ({reason})"
+    else:
+        threads_line = "chosen for all processes together" if engine.threads is None else f"{engine.threads} each"
     model_dir = find_model_dir(Path(path))
     # Connections wait in the backlog from here on; they are answered once the model is there.
     with open_listener(host, port) as listener:
         try:
-            client = load_engine(
-                model_dir, model_id=name or model_name(model_dir), settings=replace(engine, threads=num_threads)
-            )
+            client = load(model_dir, model_id=name or model_name(model_dir), settings=engine)
         except KeyboardInterrupt:
             return 130
 
@@ -108,7 +114,6 @@ def serve_model(
 
         def announce() -> None:
             seconds = time.monotonic() - started_s
-            threads_line = f"{num_threads} ({reason})"
             for line in describe(client.info, url, seconds, threads_line, len(settings.api_keys), client.memory_line()):
                 print(line, flush=True)
             if not settings.api_keys and not is_loopback(host):
