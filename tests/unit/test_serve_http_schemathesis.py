@@ -13,9 +13,7 @@ from serve.http.app import build_app
 from serve.http.settings import ServerSettings
 from tests.parrot_engine import ParrotEngine
 
-schemathesis = pytest.importorskip(
-    "schemathesis", reason="makes requests from the OpenAPI document: make test-ray"
-)
+schemathesis = pytest.importorskip("schemathesis", reason="makes requests from the OpenAPI document: make test-ray")
 from schemathesis import checks  # noqa: E402
 from schemathesis.specs.openapi import checks as openapi_checks  # noqa: E402
 
