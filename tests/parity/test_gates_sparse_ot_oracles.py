@@ -215,15 +215,16 @@ def best_assignment(score_TE: Array) -> NDArray[np.bool_]:
     return visits
 
 
-# How far solvers that stop at a kink may be from each other, at gamma=1 and mass 128; twice what was measured, or more.
+# How far solvers that stop at a kink may be from each other, at gamma=1 and mass 128. Where each stops depends on the
+# last bits of its steps, so on the processor: several times what was measured on any.
 LIMITED = [
     ("token", 1, 1e-9),
-    ("token", 2, 1e-3),
-    ("token", 4, 1e-4),
-    ("expert", 16, 4e-2),
-    ("expert", 20, 2e-2),
-    ("expert", 24, 4e-3),
-    ("expert", 64, 2e-4),
+    ("token", 2, 4e-3),
+    ("token", 4, 4e-4),
+    ("expert", 16, 8e-2),
+    ("expert", 20, 6e-2),
+    ("expert", 24, 2e-2),
+    ("expert", 64, 8e-4),
 ]
 
 
