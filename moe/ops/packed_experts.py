@@ -2,7 +2,9 @@
 
 Training's layout (stacked (E, D, F) matrices, see :mod:`moe.experts`) suits many rows. Here gate and up projection are
 one matrix, and each matrix stands as (columns out, columns in), so that ``W @ x^T`` reads it once from front to back;
-experts without rows are not looked at. Reference: :func:`moe.experts.swiglu_experts` on the weights that were packed.
+experts without rows are not looked at. References: :func:`moe.experts.swiglu_experts` on the weights that were packed,
+and :func:`packed_experts_reference` on the packed ones, which is also what computes where there are no native ops
+(:mod:`moe.ops.native`). The native op is batch-invariant: a row's result does not depend on the other rows.
 
 Shape suffixes: E experts, N rows sorted by expert, n rows of one expert, D width, F hidden width, G = 2 F.
 """
@@ -10,13 +12,22 @@ Shape suffixes: E experts, N rows sorted by expert, n rows of one expert, D widt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.errors import UserError
 from moe.experts import ExpertBank, Experts
-from moe.ops.grouped_mm import ExpertOp
+from moe.ops.native import DTYPES, NativeOpsChoice, choose_native_ops, runs_native
+
+
+class PackedOpChoice(NamedTuple):
+    """Which implementation multiplies, and why."""
+
+    name: Literal["native", "loop"]
+    reason: str
 
 
 class PackedExperts(ExpertBank):
@@ -24,10 +35,23 @@ class PackedExperts(ExpertBank):
 
     Args:
         experts: is emptied while it is packed, so that only one expert is held twice.
+        native: whether to compute with the native ops. None: where they are built or can be, which takes some ten
+            seconds the first time; True: they must be there.
+        batch_invariant: the native ops compute all rows. Otherwise they leave many rows an expert to torch, which is
+            faster then, and a row's last bits depend on how many there are.
+
+    Raises:
+        UserError: ``native`` is True and there are no native ops.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, native: bool | None = None, *, batch_invariant: bool = False) -> None:
         super().__init__()
+        self.batch_invariant = batch_invariant
+        self._native = NativeOpsChoice(None, "turned off by name")
+        if native is not False:
+            self._native = _native_choice(experts.w_gate_EDF)
+        if native and self._native.ops is None:
+            raise UserError(f"experts cannot be computed by native ops: {self._native.reason}")
         self.num_experts, self.dim, self.hidden_dim = experts.num_experts, experts.dim, experts.hidden_dim
         like = experts.w_gate_EDF
         shape_EGD = (self.num_experts, 2 * self.hidden_dim, self.dim)
@@ -39,9 +63,18 @@ class PackedExperts(ExpertBank):
             self.w_down_EDF = nn.Parameter(experts.w_down_EFD.transpose(1, 2).contiguous(), requires_grad=False)
             del experts.w_down_EFD
 
-    def op_choice(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[ExpertOp, str]:
+    # ExpertOp, the names that training chooses from, does not have "native".
+    def op_choice(  # type: ignore[override]
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> PackedOpChoice:
         """See :meth:`ExpertBank.op_choice`."""
-        return "loop", "weights are packed for generating text"
+        dtype, device = dtype or self.w_down_EDF.dtype, device or self.w_down_EDF.device
+        obstacle = _obstacle(dtype, device) or (None if self._native.ops else self._native.reason)
+        if obstacle:
+            return PackedOpChoice("loop", f"weights are packed for generating text; no native ops: {obstacle}")
+        assert self._native.ops is not None
+        limit = "" if self.batch_invariant else f", up to {self._native.ops.few_rows(dtype)} rows an expert"
+        return PackedOpChoice("native", self._native.reason + limit)
 
     def expert_views(self, name: str, tensor: Tensor) -> Iterator[tuple[int | None, str, Tensor]]:
         """Packed weights are never saved."""
@@ -49,24 +82,42 @@ class PackedExperts(ExpertBank):
 
     def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
         """(N, D) rows sorted by expert, ``load_E[e]`` of them for expert e -> (N, D)."""
-        y_ND = torch.empty_like(rows_ND)
-        start = 0
-        for expert, count in enumerate(load_E.tolist()):
-            if count:
-                stop = start + count
-                y_ND[start:stop] = self._expert(expert, rows_ND[start:stop])
-                start = stop
-        return y_ND
-
-    def _expert(self, expert: int, x_nD: Tensor) -> Tensor:
-        hidden_Gn = self.w_gate_up_EGD[expert] @ x_nD.t()
-        gate_Fn, up_Fn = hidden_Gn.split(self.hidden_dim)
-        return (self.w_down_EDF[expert] @ F.silu(gate_Fn).mul_(up_Fn)).t()
+        ops = self._native.ops
+        if ops is not None and runs_native(rows_ND, self.w_gate_up_EGD, self.w_down_EDF):
+            few = ops.few_rows(rows_ND.dtype)
+            if self.batch_invariant or len(rows_ND) <= few or len(rows_ND) <= few * int(load_E.count_nonzero()):
+                return ops.expert_mlp(rows_ND, self.w_gate_up_EGD, self.w_down_EDF, load_E)
+        return packed_experts_reference(rows_ND, self.w_gate_up_EGD, self.w_down_EDF, load_E)
 
 
-def pack_experts(model: nn.Module) -> None:
-    """Pack every bank of plain experts in ``model`` where it stands."""
+def _native_choice(like: Tensor) -> NativeOpsChoice:
+    """The native ops for weights like these; where they could not be used, nothing is built."""
+    obstacle = _obstacle(like.dtype, like.device)
+    return NativeOpsChoice(None, obstacle) if obstacle else choose_native_ops()
+
+
+def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype in DTYPES and device.type == "cpu":
+        return None
+    return f"they take float32 and bfloat16 on cpu, not {str(dtype).removeprefix('torch.')} on {device.type}"
+
+
+def packed_experts_reference(rows_ND: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, load_E: Tensor) -> Tensor:
+    """(N, D) rows sorted by expert, ``load_E[e]`` of them for expert e -> (N, D), one expert after another."""
+    y_ND = torch.empty_like(rows_ND)
+    start = 0
+    for expert, count in enumerate(load_E.tolist()):
+        if count:
+            x_nD = rows_ND[start : start + count]
+            gate_Fn, up_Fn = (w_gate_up_EGD[expert] @ x_nD.t()).chunk(2)
+            y_ND[start : start + count] = (w_down_EDF[expert] @ F.silu(gate_Fn).mul_(up_Fn)).t()
+            start += count
+    return y_ND
+
+
+def pack_experts(model: nn.Module, native: bool | None = None, *, batch_invariant: bool = False) -> None:
+    """Pack every bank of plain experts in ``model`` where it stands; options as in :class:`PackedExperts`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Experts):
-                setattr(module, name, PackedExperts(child))
+                setattr(module, name, PackedExperts(child, native, batch_invariant=batch_invariant))

@@ -95,7 +95,7 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
     model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
     packed = settings.device == "cpu" and not settings.batch_invariant
     if packed:
-        pack_experts(model)
+        pack_experts(model, native=False)  # not yet: see docs/ARCHITECTURE.md
     counts = count_params(config, loaded.gate)
     gates = serving_gate_names(model)
     if settings.batch_invariant:

@@ -57,7 +57,7 @@ class WeightsLoader:
                 f"{path}: differs from the served model in {', '.join(different)}; start a server for it", "path"
             )
         if self.packed:
-            pack_experts(loaded.model)
+            pack_experts(loaded.model, native=False)
         return loaded.model, weights_fingerprint(directory)
 
     @staticmethod
