@@ -1,5 +1,5 @@
 """Changes to the logits before a token is drawn, each a pure function. The log-probabilities that clients see are
-taken before any of them; temperature, top_k and top_p come after, in :func:`moe.generate.sample_token`.
+taken before any of them; temperature, top_k and top_p come after, in :mod:`serve.engine.sampler`.
 
 Shape suffixes: V vocabulary.
 """

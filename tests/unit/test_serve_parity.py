@@ -12,6 +12,7 @@ import torch
 
 from gates import GateInput, GateOutput, Mode, gate_names
 from moe import ModelConfig, MoEConfig, Transformer
+from moe.errors import UserError
 from moe.generate import SamplingParams, generate
 from moe.tokenizer import Tokenizer
 from moe.transformer import ForwardContext, next_token_loss
@@ -308,5 +309,8 @@ def test_a_gate_that_looks_at_other_tokens_is_found() -> None:
     assert [index for index, _ in layers_that_mix_tokens(model)] == [1]
 
 
-def test_products_of_this_machine_can_be_made_invariant() -> None:
-    require_invariant_products(model_with("topk"))
+def test_batch_invariant_mode_is_refused_where_a_product_depends_on_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_invariant_products(model_with("topk"))  # this machine's do not
+    monkeypatch.setattr("serve.engine.invariance.tile_is_invariant", lambda *_: False)
+    with pytest.raises(UserError, match="batch-invariant mode is not possible here: .* 16 x 16 product in float32"):
+        require_invariant_products(model_with("topk"))
