@@ -312,5 +312,5 @@ def test_a_gate_that_looks_at_other_tokens_is_found() -> None:
 def test_batch_invariant_mode_is_refused_where_a_product_depends_on_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     require_invariant_products(model_with("topk"))  # this machine's do not
     monkeypatch.setattr("serve.engine.invariance.tile_is_invariant", lambda *_: False)
-    with pytest.raises(UserError, match="batch-invariant mode is not possible here: .* 16 x 16 product in float32"):
+    with pytest.raises(UserError, match=r"batch-invariant mode is not possible here: .* 16 x 16 product in float32"):
         require_invariant_products(model_with("topk"))
