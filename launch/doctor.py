@@ -68,6 +68,7 @@ def examine(root: Path, port: int, *, ranks_s: float = 90.0, self_test: bool = T
         lambda: free_port(port),
         corpus_package,
         extras,
+        native_products,
     ]
     if self_test:
         checks.append(lambda: two_ranks(ranks_s))
@@ -238,6 +239,21 @@ def extras() -> list[Finding]:
         else:
             findings.append(Finding("extras", "ok", f"extra {extra}: {', '.join(modules)}"))
     return findings
+
+
+def native_products() -> list[Finding]:
+    """The C++ ops that serving on the CPU computes with; builds them if that has not been done."""
+    try:
+        from moe.ops.native import choose_native_ops
+    except ImportError:  # no torch: told already
+        return []
+    found = choose_native_ops()
+    if found.ops is None:
+        mend = "serving computes with torch, slower on a CPU" + (
+            "; install g++" if "no compiler" in found.reason else ""
+        )
+        return [Finding("native", "info", f"native ops: {found.reason}", mend)]
+    return [Finding("native", "ok", f"native ops for serving: {found.reason}")]
 
 
 def two_ranks(deadline_s: float) -> list[Finding]:

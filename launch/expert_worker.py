@@ -39,7 +39,7 @@ class GangSpec:
 
     Attributes:
         model_dir, fingerprint: where the weights are, and which ones rank 0 has read.
-        blocks, dim, hidden_dim, dtype, packed, batch_invariant: of the model as rank 0 holds it.
+        blocks, dim, hidden_dim, dtype, packed, native, batch_invariant: of the model as rank 0 holds and computes it.
         device: "cpu" or "cuda".
         threads: compute threads of each worker.
         owner_LE: (L, E) rank that owns each expert.
@@ -54,6 +54,7 @@ class GangSpec:
     hidden_dim: int
     dtype: str
     packed: bool
+    native: bool
     batch_invariant: bool
     device: str
     threads: int
@@ -114,6 +115,8 @@ def _work(rank: int, port: int, wait_s: float) -> None:
         dtype=dtype,
         device=device,
         packed=spec.packed,
+        native=spec.native,
+        batch_invariant=spec.batch_invariant,
     )
     _check_same_weights(spec)
     store.set(ready_key(rank), "ready")

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launch.expert_worker import SPEC_KEY, GangSpec, ready_key
+from moe.checkpoint import read_model_config
 from moe.errors import ConfigError, UserError
 from moe.ops.packed_experts import PackedExperts
 from parallel.gang_link import GangError, GangLink
@@ -133,6 +134,7 @@ def load_gang_engine(
         raise ConfigError(problems)
     if world_size == 1:
         return load_engine(model_dir, model_id=model_id, settings=settings)
+    _check_model(model_dir, world_size)
     threads = settings.threads
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -150,6 +152,22 @@ def load_gang_engine(
         workers.end(told=False)
         raise
     return engine
+
+
+def _check_model(model_dir: Path, world_size: int) -> None:
+    """Before any process is started.
+
+    Raises:
+        ConfigError: the model has no experts, or fewer than there are processes.
+        CheckpointError: no model there.
+    """
+    config, _ = read_model_config(model_dir)
+    if not config.moe_layer_indices():
+        raise ConfigError(["expert_parallel: the model has no experts to spread"])
+    if world_size > config.moe.num_experts:
+        raise ConfigError(
+            [f"expert_parallel: at most {config.moe.num_experts}, the model's experts per layer; got {world_size}"]
+        )
 
 
 def _store() -> dist.TCPStore:
@@ -179,8 +197,6 @@ def _gang(
 ) -> ServingGang:
     model = engine.core.runner.model
     config, layers = model.config, model.moe_layers()
-    if not layers:
-        raise ConfigError(["expert_parallel: the model has no experts to spread"])
     owner_LE = even_owners(len(layers), config.moe.num_experts, world_size)
     spec = GangSpec(
         model_dir=str(model_dir.resolve()),
@@ -190,6 +206,7 @@ def _gang(
         hidden_dim=config.moe.hidden_dim,
         dtype=str(model.embed.weight.dtype).removeprefix("torch."),
         packed=isinstance(layers[0][1].experts, PackedExperts),
+        native=layers[0][1].experts.op_choice()[0] == "native",
         batch_invariant=settings.batch_invariant,
         device=torch.device(settings.device).type,
         threads=settings.threads or 1,

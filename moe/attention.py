@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.ops.causal_attention import causal_attention, choose_attention_op
+from moe.ops.packed_linear import Linear
 from moe.ops.rms_norm import rms_norm
 from moe.ops.rotary import Rotary, apply_rotary
 
@@ -121,6 +122,9 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key-value heads (arXiv:2305.13245) and optional QK-norm (Qwen3).
 
     Projections have no biases. Query head h reads key-value head ``h // (H / G)``.
+
+    Attributes:
+        linear: how projections are computed; see :func:`moe.ops.packed_linear.use_linear`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -133,6 +137,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(q_width, config.dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.linear: Linear = F.linear
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), in the dtype of the input.
@@ -144,9 +149,9 @@ class Attention(nn.Module):
         """
         length, dtype = x_BTD.shape[1], x_BTD.dtype
         heads = (-1, self.head_dim)
-        q_BTHd = F.linear(x_BTD, self.wq.weight.to(dtype)).unflatten(-1, heads)
-        k_BTGd = F.linear(x_BTD, self.wk.weight.to(dtype)).unflatten(-1, heads)
-        v_BTGd = F.linear(x_BTD, self.wv.weight.to(dtype)).unflatten(-1, heads)
+        q_BTHd = self.linear(x_BTD, self.wq.weight.to(dtype)).unflatten(-1, heads)
+        k_BTGd = self.linear(x_BTD, self.wk.weight.to(dtype)).unflatten(-1, heads)
+        v_BTGd = self.linear(x_BTD, self.wv.weight.to(dtype)).unflatten(-1, heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
         q_BHTd = apply_rotary(q_BTHd, rotary)
@@ -157,4 +162,4 @@ class Attention(nn.Module):
         else:
             op = choose_attention_op(x_BTD.device, dtype, length, q_BHTd.requires_grad)
             out_BHTd = causal_attention(q_BHTd, k_BGTd, v_BGTd, op.name)
-        return F.linear(out_BHTd.transpose(1, 2).flatten(2), self.wo.weight.to(dtype))
+        return self.linear(out_BHTd.transpose(1, 2).flatten(2), self.wo.weight.to(dtype))

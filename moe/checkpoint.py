@@ -194,8 +194,8 @@ def load_model(
     """
     folder = Path(directory)
     values = _read_config(folder)
+    config, gate = _config_in(values, folder)
     own = values.get("moeyard")
-    config, gate = config_from_hf(values, str(folder / CONFIG_FILE)) if own is None else _own_config(own, folder)
     tokenizer = Tokenizer.load(folder)
     model = _empty_model(config, gate, folder)
     _check_vocabulary(tokenizer, model.embed.num_embeddings, str(folder))
@@ -210,6 +210,21 @@ def load_model(
     model.load_state_dict(_read_weights(folder, model.state_dict()), assign=True)
     model = model.to(device=device, dtype=dtype).eval()
     return LoadedModel(model, tokenizer, config, gate, dict(own.get("extra") or {}))
+
+
+def read_model_config(directory: str | os.PathLike[str]) -> tuple[ModelConfig, GateConfig]:
+    """Shape and gate of the model in a directory as :func:`load_model` reads it, without its weights.
+
+    Raises:
+        CheckpointError: not a model directory, or its config.json is damaged or of a newer format.
+    """
+    folder = Path(directory)
+    return _config_in(_read_config(folder), folder)
+
+
+def _config_in(values: Mapping[str, Any], folder: Path) -> tuple[ModelConfig, GateConfig]:
+    own = values.get("moeyard")
+    return config_from_hf(values, str(folder / CONFIG_FILE)) if own is None else _own_config(own, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.ops.grouped_mm import ExpertOp, choose_expert_op, grouped_mm
+from moe.ops.packed_linear import Linear
 
 
 class ExpertBank(nn.Module, ABC):
@@ -134,6 +135,9 @@ class SwiGLU(nn.Module):
     """One SwiGLU feed-forward network that every token visits: a dense block, or the shared experts of an MoE block.
 
     S shared experts of width F that are summed are exactly one network of width S * F.
+
+    Attributes:
+        linear: how projections are computed; see :func:`moe.ops.packed_linear.use_linear`.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -141,9 +145,10 @@ class SwiGLU(nn.Module):
         self.w_gate = nn.Linear(dim, hidden_dim, bias=False)
         self.w_up = nn.Linear(dim, hidden_dim, bias=False)
         self.w_down = nn.Linear(hidden_dim, dim, bias=False)
+        self.linear: Linear = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), in the dtype of ``x``."""
         dtype = x.dtype
-        hidden = F.silu(F.linear(x, self.w_gate.weight.to(dtype))) * F.linear(x, self.w_up.weight.to(dtype))
-        return F.linear(hidden, self.w_down.weight.to(dtype))
+        hidden = F.silu(self.linear(x, self.w_gate.weight.to(dtype))) * self.linear(x, self.w_up.weight.to(dtype))
+        return self.linear(hidden, self.w_down.weight.to(dtype))

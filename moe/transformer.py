@@ -26,6 +26,7 @@ from moe.config import ModelConfig
 from moe.experts import ExpertBank, SwiGLU
 from moe.initial_weights import fill_normal, stream, stream_seed
 from moe.layer import MoELayer, RoutingContext, weighted_aux
+from moe.ops.packed_linear import Linear
 from moe.ops.rotary import Rotary, rotary_angles
 
 
@@ -235,6 +236,9 @@ class Transformer(nn.Module):
         gate: routing strategy of every MoE layer: a name, ``{"name": ..., options}`` or a gate config.
         expert_device: where routed experts are made; "meta" leaves them to ``parallel``. None: with the rest.
 
+    Attributes:
+        linear: how the output head is computed; see :func:`moe.ops.packed_linear.use_linear`.
+
     Raises:
         ValueError: a combination of options that cannot be built, all problems at once.
     """
@@ -258,6 +262,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, self.gate_config, i, expert_device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.linear: Linear = F.linear
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """(block index, layer) of every MoE layer, in order."""
@@ -380,7 +385,7 @@ class Transformer(nn.Module):
         """
         dtype = dtype or self.embed.weight.dtype
         head = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(self.norm(x, dtype), head.to(dtype))
+        logits = self.linear(self.norm(x, dtype), head.to(dtype))
         return logits.to(torch.promote_types(dtype, torch.float32))
 
     def _default_mode(self, length: int, cached: bool) -> Mode:

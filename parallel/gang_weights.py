@@ -36,16 +36,20 @@ def read_held_experts(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool,
+    native: bool,
+    batch_invariant: bool,
 ) -> list[HeldExperts]:
     """The owned experts of each MoE layer.
 
     Args:
         blocks: index of each MoE layer among all blocks.
         owned_L: the experts to read, per layer.
-        dtype, device, packed: how they are held; as rank 0 holds its own, or results would differ.
+        dtype, device, packed, native, batch_invariant: how they are held and computed; as rank 0 does its own, or
+            results would differ. See :class:`moe.ops.packed_experts.PackedExperts`.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or a file is damaged.
+        UserError: native ops are asked for and are not here.
     """
     banks = []
     with ExitStack() as stack:
@@ -70,7 +74,7 @@ def read_held_experts(
                 bank.register_parameter(ours.rpartition(".")[2], nn.Parameter(fresh, requires_grad=False))
             holder = nn.ModuleList([bank])
             if packed:
-                pack_experts(holder)
+                pack_experts(holder, native, batch_invariant=batch_invariant)
             banks.append(HeldExperts(holder[0]))  # type: ignore[arg-type]
     return banks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from moe.tokenizer import Tokenizer
 from moe.transformer import Transformer
 from serve.client import EngineError, EngineRequest, SamplingOptions, TokenChunk
 from serve.engine.core import EmbeddingJob, EngineCore, GenerationJob
+from serve.engine.products import choose_products
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import BatchLimits
 from serve.engine.structured import StructureCompiler
@@ -47,7 +49,11 @@ class Reader:
 
 
 class Driver:
-    """A core over ``model``; see :class:`EngineCore` for the options."""
+    """A core over ``model``; see :class:`EngineCore` for the options.
+
+    Args:
+        native: as a served model computes, with native ops or without them; None leaves the model as it is.
+    """
 
     def __init__(
         self,
@@ -61,7 +67,11 @@ class Driver:
         end_ids: frozenset[int] = frozenset(),
         batch_invariant: bool = False,
         prefix_cache: bool = True,
+        native: bool | None = None,
     ) -> None:
+        if native is not None:
+            model = copy.deepcopy(model)
+            choose_products(native, model.embed.weight.dtype, "cpu", batch_invariant=batch_invariant).prepare(model)
         runner = ModelRunner(model, num_blocks, block_size, batch_invariant=batch_invariant)
         self.tokenizer = tokenizer
         self.core = EngineCore(

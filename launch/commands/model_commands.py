@@ -254,6 +254,14 @@ def serve(
             rich_help_panel=ENGINE,
         ),
     ] = False,
+    native: Annotated[
+        bool | None,
+        typer.Option(
+            "--native/--no-native",
+            help="Compute with the C++ ops of csrc; unless given: where they are built or can be.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (as stored), fp32 or bf16.", rich_help_panel=ENGINE)
     ] = "auto",
@@ -337,6 +345,7 @@ def serve(
             kv_cache_gib=kv_cache_gib,
             prefix_cache=prefix_cache,
             batch_invariant=batch_invariant,
+            native=native,
             threads=threads,
             dtype=dtype,  # type: ignore[arg-type]  # checked there, with the values that are allowed
             device=device,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moe.errors import ConfigError
 
-ExpertOp = Literal["grouped_mm", "loop"]
+ExpertOp = Literal["grouped_mm", "loop", "native"]
+"""Names of implementations; "native" is only chosen for packed experts, see :mod:`moe.ops.packed_experts`."""
 _ALIGNMENT_BYTES = 16
 
 

@@ -36,6 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.errors import UserError
+
 LOG = logging.getLogger("moeyard.moe.native")
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
@@ -134,6 +136,33 @@ def choose_native_ops() -> NativeOpsChoice:
         if environment not in _choices:
             _choices[environment] = _choose()
         return _choices[environment]
+
+
+def choose_native_ops_for(
+    dtype: torch.dtype, device: torch.device | str, wanted: bool | None = None
+) -> NativeOpsChoice:
+    """The ops for tensors of ``dtype`` on ``device``; where they could not be used, nothing is built.
+
+    Args:
+        wanted: False: none. None: where there are some.
+
+    Raises:
+        UserError: ``wanted`` is True and there are none; says why.
+    """
+    if wanted is False:
+        return NativeOpsChoice(None, "turned off by name")
+    obstacle = obstacle_to_native(dtype, torch.device(device))
+    choice = NativeOpsChoice(None, obstacle) if obstacle else choose_native_ops()
+    if wanted and choice.ops is None:
+        raise UserError(f"native ops cannot compute here: {choice.reason}")
+    return choice
+
+
+def obstacle_to_native(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the ops do not take tensors of ``dtype`` on ``device``; None where they do."""
+    if dtype in DTYPES and device.type == "cpu":
+        return None
+    return f"they take float32 and bfloat16 on cpu, not {str(dtype).removeprefix('torch.')} on {device.type}"
 
 
 def runs_native(x: Tensor, *weights: Tensor) -> bool:

@@ -12,22 +12,14 @@ Shape suffixes: E experts, N rows sorted by expert, n rows of one expert, D widt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.errors import UserError
 from moe.experts import ExpertBank, Experts
-from moe.ops.native import DTYPES, NativeOpsChoice, choose_native_ops, runs_native
-
-
-class PackedOpChoice(NamedTuple):
-    """Which implementation multiplies, and why."""
-
-    name: Literal["native", "loop"]
-    reason: str
+from moe.ops.grouped_mm import ExpertOpChoice
+from moe.ops.native import choose_native_ops_for, obstacle_to_native, runs_native
 
 
 class PackedExperts(ExpertBank):
@@ -47,11 +39,7 @@ class PackedExperts(ExpertBank):
     def __init__(self, experts: Experts, native: bool | None = None, *, batch_invariant: bool = False) -> None:
         super().__init__()
         self.batch_invariant = batch_invariant
-        self._native = NativeOpsChoice(None, "turned off by name")
-        if native is not False:
-            self._native = _native_choice(experts.w_gate_EDF)
-        if native and self._native.ops is None:
-            raise UserError(f"experts cannot be computed by native ops: {self._native.reason}")
+        self._native = choose_native_ops_for(experts.w_gate_EDF.dtype, experts.w_gate_EDF.device, native)
         self.num_experts, self.dim, self.hidden_dim = experts.num_experts, experts.dim, experts.hidden_dim
         like = experts.w_gate_EDF
         shape_EGD = (self.num_experts, 2 * self.hidden_dim, self.dim)
@@ -63,18 +51,15 @@ class PackedExperts(ExpertBank):
             self.w_down_EDF = nn.Parameter(experts.w_down_EFD.transpose(1, 2).contiguous(), requires_grad=False)
             del experts.w_down_EFD
 
-    # ExpertOp, the names that training chooses from, does not have "native".
-    def op_choice(  # type: ignore[override]
-        self, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> PackedOpChoice:
+    def op_choice(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ExpertOpChoice:
         """See :meth:`ExpertBank.op_choice`."""
         dtype, device = dtype or self.w_down_EDF.dtype, device or self.w_down_EDF.device
-        obstacle = _obstacle(dtype, device) or (None if self._native.ops else self._native.reason)
+        obstacle = obstacle_to_native(dtype, device) or (None if self._native.ops else self._native.reason)
         if obstacle:
-            return PackedOpChoice("loop", f"weights are packed for generating text; no native ops: {obstacle}")
+            return ExpertOpChoice("loop", f"weights are packed for generating text; no native ops: {obstacle}")
         assert self._native.ops is not None
         limit = "" if self.batch_invariant else f", up to {self._native.ops.few_rows(dtype)} rows an expert"
-        return PackedOpChoice("native", self._native.reason + limit)
+        return ExpertOpChoice("native", self._native.reason + limit)
 
     def expert_views(self, name: str, tensor: Tensor) -> Iterator[tuple[int | None, str, Tensor]]:
         """Packed weights are never saved."""
@@ -88,18 +73,6 @@ class PackedExperts(ExpertBank):
             if self.batch_invariant or len(rows_ND) <= few or len(rows_ND) <= few * int(load_E.count_nonzero()):
                 return ops.expert_mlp(rows_ND, self.w_gate_up_EGD, self.w_down_EDF, load_E)
         return packed_experts_reference(rows_ND, self.w_gate_up_EGD, self.w_down_EDF, load_E)
-
-
-def _native_choice(like: Tensor) -> NativeOpsChoice:
-    """The native ops for weights like these; where they could not be used, nothing is built."""
-    obstacle = _obstacle(like.dtype, like.device)
-    return NativeOpsChoice(None, obstacle) if obstacle else choose_native_ops()
-
-
-def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    if dtype in DTYPES and device.type == "cpu":
-        return None
-    return f"they take float32 and bfloat16 on cpu, not {str(dtype).removeprefix('torch.')} on {device.type}"
 
 
 def packed_experts_reference(rows_ND: Tensor, w_gate_up_EGD: Tensor, w_down_EDF: Tensor, load_E: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.ops.native import NativeOps, runs_native
 
@@ -37,3 +37,10 @@ def row_linear(ops: NativeOps, *, batch_invariant: bool = False) -> Linear:
         return ops.linear_rows(rows_ND, w_OD).view(*x.shape[:-1], w_OD.shape[0])
 
     return linear
+
+
+def use_linear(model: nn.Module, linear: Linear) -> None:
+    """Let every part of ``model`` that computes projections do so with ``linear``."""
+    for module in model.modules():
+        if "linear" in vars(module):  # a submodule of that name is not there
+            module.linear = linear  # type: ignore[assignment]

@@ -131,6 +131,11 @@ class AsyncEngine:
         prefix = "kept for prompts that begin alike" if self.core.reuses_prompts else "prefix cache off"
         return f"{positions:,} positions in blocks of {runner.block_size} ({gib:.2f} GiB), {prefix}"
 
+    def products_line(self) -> str:
+        """Who multiplies, for people."""
+        bank = next((layer.experts for _, layer in self.core.runner.model.moe_layers()), None)
+        return "" if bank is None else "experts by {}: {}".format(*bank.op_choice())
+
     # The protocol; every method runs in an event loop.
 
     async def start(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from gates import Mode
 from moe.checkpoint import load_model
 from moe.config import count_params
-from moe.ops.packed_experts import pack_experts
 from moe.tokenizer import IM_END, Tokenizer
 from moe.transformer import Transformer
 from serve.client import ModelInfo
@@ -21,6 +20,7 @@ from serve.engine.engine import AsyncEngine
 from serve.engine.invariance import layers_that_mix_tokens, require_invariant_products
 from serve.engine.model_files import read_model_files
 from serve.engine.paged_cache import choose_num_blocks
+from serve.engine.products import choose_products
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import BatchLimits
 from serve.engine.settings import EngineSettings
@@ -87,15 +87,17 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
     Raises:
         CheckpointError: a damaged or foreign directory.
         TokenizerError: its tokenizer cannot be read.
-        UserError: its gate cannot generate text; or batch-invariant mode was asked for and is not possible.
+        UserError: its gate cannot generate text; or batch-invariant mode, or native ops, were asked for and are not
+            possible.
     """
     settings = settings or EngineSettings()
     files = read_model_files(model_dir)
     loaded = load_model(model_dir, device=settings.device, dtype=DTYPES[settings.dtype])
     model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
-    packed = settings.device == "cpu" and not settings.batch_invariant
-    if packed:
-        pack_experts(model, native=False)  # not yet: see docs/ARCHITECTURE.md
+    dtype = model.embed.weight.dtype
+    products = choose_products(settings.native, dtype, settings.device, batch_invariant=settings.batch_invariant)
+    LOG.info("products: %s: %s", "torch" if products.ops is None else "native ops", products.reason)
+    products.prepare(model)
     counts = count_params(config, loaded.gate)
     gates = serving_gate_names(model)
     if settings.batch_invariant:
@@ -121,5 +123,5 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
         special_tokens=files.special_tokens,
         defaults=files.defaults,
     )
-    weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, model.embed.weight.dtype, packed)
+    weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, dtype, products)
     return build_engine(model, tokenizer, info, end_ids(tokenizer, files.eos_ids), settings, weights)

@@ -22,6 +22,7 @@ class EngineSettings:
             quarter of the context, need, whichever is more.
         prefix_cache: keep computed prompts for requests that begin alike.
         batch_invariant: compute every token the same way whatever is beside it: the same seed, the same text.
+        native: compute with the C++ ops of csrc; None: where they are built or can be, on the CPU in fp32 or bf16.
         threads: compute threads; None keeps torch's choice.
         dtype: of weights and activations; "auto" keeps the files'.
         device: where the model runs.
@@ -38,6 +39,7 @@ class EngineSettings:
     kv_cache_gib: float | None = None
     prefix_cache: bool = True
     batch_invariant: bool = False
+    native: bool | None = None
     threads: int | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "cpu"

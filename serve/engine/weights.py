@@ -10,11 +10,11 @@ import torch
 from moe.checkpoint import load_model
 from moe.config import ModelConfig
 from moe.errors import UserError
-from moe.ops.packed_experts import pack_experts
 from moe.tokenizer import Tokenizer
 from moe.transformer import Transformer
 from serve.client import InvalidRequestError, ModelInfo
 from serve.engine.model_files import find_model_dir, weights_fingerprint
+from serve.engine.products import Products
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class WeightsLoader:
     Attributes:
         config: shape of the served model; gate_name: of its gate.
         tokenizer: whose ids clients have in hand.
-        device, dtype, packed: where and how the weights are held; see :mod:`moe.ops.packed_experts`.
+        device, dtype: where and how the weights are held.
+        products: how the model computes.
     """
 
     config: ModelConfig
@@ -32,7 +33,7 @@ class WeightsLoader:
     tokenizer: Tokenizer
     device: str
     dtype: torch.dtype
-    packed: bool = False
+    products: Products
 
     def load(self, path: str) -> tuple[Transformer, str]:
         """The model at ``path`` and its version.
@@ -56,8 +57,7 @@ class WeightsLoader:
             raise InvalidRequestError(
                 f"{path}: differs from the served model in {', '.join(different)}; start a server for it", "path"
             )
-        if self.packed:
-            pack_experts(loaded.model, native=False)
+        self.products.prepare(loaded.model)
         return loaded.model, weights_fingerprint(directory)
 
     @staticmethod

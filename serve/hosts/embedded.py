@@ -114,7 +114,8 @@ def serve_model(
 
         def announce() -> None:
             seconds = time.monotonic() - started_s
-            for line in describe(client.info, url, seconds, threads_line, len(settings.api_keys), client.memory_line()):
+            num_keys, lines = len(settings.api_keys), (client.memory_line(), client.products_line())
+            for line in describe(client.info, url, seconds, threads_line, num_keys, *lines):
                 print(line, flush=True)
             if not settings.api_keys and not is_loopback(host):
                 print(f"warning: anybody who reaches {host}:{port} can use this server; set an API key", flush=True)
@@ -144,7 +145,9 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def describe(model: ModelInfo, url: str, seconds: float, threads: str, num_keys: int, memory: str = "") -> list[str]:
+def describe(
+    model: ModelInfo, url: str, seconds: float, threads: str, num_keys: int, memory: str = "", products: str = ""
+) -> list[str]:
     """What a newcomer needs on the terminal: where, what, and one command to try."""
     body = json.dumps({"model": model.model_id, "prompt": "Once", "max_tokens": 32})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if num_keys else ""
@@ -155,6 +158,7 @@ def describe(model: ModelInfo, url: str, seconds: float, threads: str, num_keys:
         f"  params   {model.num_params:,}, {model.active_params:,} active per token; {experts}",
         f"  context  {model.context_length:,} tokens",
         *([f"  cache    {memory}"] if memory else []),
+        *([f"  products {products}"] if products else []),
         f"  gate     {model.gate}"
         + (", batch-invariant: the same seed, the same text" if model.batch_invariant else ""),
         f"  threads  {threads}",

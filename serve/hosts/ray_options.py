@@ -87,6 +87,7 @@ class RayOptions(BaseModel):
     kv_cache_gib: float | None = EngineSettings.kv_cache_gib
     prefix_cache: bool = EngineSettings.prefix_cache
     batch_invariant: bool = EngineSettings.batch_invariant
+    native: bool | None = EngineSettings.native
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = EngineSettings.device
 

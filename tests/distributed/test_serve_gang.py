@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,14 @@ def describe(engine: AsyncEngine) -> dict[str, Any]:
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_tokens_and_logprobs_are_those_of_one_process(models: Path, start: Start, loop: Loop, world_size: int) -> None:
-    single = start()
+@pytest.mark.parametrize(("world_size", "native"), [(2, None), (2, False), (3, None)])
+def test_tokens_and_logprobs_are_those_of_one_process(
+    models: Path, start: Start, loop: Loop, world_size: int, native: bool | None
+) -> None:
+    settings = replace(SETTINGS, native=native)
+    single = start(settings=settings)
     wanted = loop.run(read_all(single))
-    gang = start(world_size=world_size)
+    gang = start(world_size=world_size, settings=settings)
     assert_same(loop.run(read_all(gang)), wanted)
     rows = torch.tensor(describe(gang)["rows"])
     assert (rows > 0).all(), "some rank had nothing to do, so nothing is proved"
@@ -370,6 +374,8 @@ def test_workers_end_when_rank_0_is_killed(models: Path) -> None:
 def test_what_cannot_start_says_so_in_one_line(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="expert_parallel: must be at least 1, got 0"):
         load_gang_engine(models / "one", model_id="m", world_size=0)
+    with pytest.raises(ConfigError, match=f"expert_parallel: at most {EXPERTS}, the model's experts per layer; got 9"):
+        load_gang_engine(models / "one", model_id="m", world_size=EXPERTS + 1)
     monkeypatch.setattr("launch.serve_gang.even_owners", lambda *_: torch.full((2, EXPERTS), 7).numpy())
     with pytest.raises(UserError) as raised:
         load_gang_engine(models / "one", model_id="m", world_size=2)

@@ -57,7 +57,7 @@ def test_op_choice_names_what_computes_and_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native_ops, "_choices", {})
     monkeypatch.setenv("MOEYARD_NATIVE", "0")
     assert PackedExperts(Experts(2, 8, 4)).op_choice()[1].endswith("disabled by MOEYARD_NATIVE=0")
-    with pytest.raises(UserError, match=r"experts cannot be computed by native ops: disabled by MOEYARD_NATIVE=0"):
+    with pytest.raises(UserError, match=r"native ops cannot compute here: disabled by MOEYARD_NATIVE=0"):
         PackedExperts(Experts(2, 8, 4), native=True)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +48,17 @@ def in_subprocess(code: str, import_path: Path, cwd: Path) -> list[Finding]:
         check=True,
     )
     return [Finding(**values) for values in json.loads(result.stdout)["findings"]]
+
+
+def test_native_ops_are_found_or_their_lack_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"ops": None, "reason": "no compiler: none of c++, g++ is on the PATH"}
+    monkeypatch.setattr("moe.ops.native.choose_native_ops", lambda: SimpleNamespace(**choices))
+    found = only(doctor.native_products())
+    assert (found.status, found.text) == ("info", f"native ops: {choices['reason']}")
+    assert found.mend.endswith("install g++")
+    choices |= {"ops": object(), "reason": "C++ for avx2 in /somewhere.so"}
+    found = only(doctor.native_products())
+    assert (found.status, found.text) == ("ok", f"native ops for serving: {choices['reason']}")
 
 
 # --- Python, torch, packages ------------------------------------------------------------------------------------------
@@ -347,7 +359,7 @@ def test_examine_is_complete_and_every_finding_has_its_mend(tmp_path: Path) -> N
     assert_well_formed(findings)
     order = list(dict.fromkeys(finding.check for finding in findings))
     known = ["python", "torch", "backends", "devices", "packages", "names", "runs", "disk", "port", "corpus", "extras"]
-    assert order == known
+    assert order == [*known, "native"]
     assert list(tmp_path.iterdir()) == []
 
 

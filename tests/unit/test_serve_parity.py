@@ -14,6 +14,7 @@ from gates import GateInput, GateOutput, Mode, gate_names
 from moe import ModelConfig, MoEConfig, Transformer
 from moe.errors import UserError
 from moe.generate import SamplingParams, generate
+from moe.ops.native import choose_native_ops
 from moe.tokenizer import Tokenizer
 from moe.transformer import ForwardContext, next_token_loss
 from serve.client import TokenChunk
@@ -34,7 +35,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "pre-empted": {"num_blocks": 17, "sequences": 5},
     "without prefix cache": {"prefix_cache": False},
     "batch-invariant": {"batch_invariant": True, "step_tokens": 11},
+    "packed experts": {"native": False},
+    "native ops": {"native": True},
+    "native ops, batch-invariant": {"native": True, "batch_invariant": True, "step_tokens": 11},
 }
+
+
+def driver_of(model: Transformer, way: dict[str, Any]) -> Driver:
+    found = choose_native_ops()
+    if way.get("native") and found.ops is None:
+        pytest.skip(f"{found.reason}: install g++ and leave MOEYARD_NATIVE unset to run this")
+    return Driver(model, TOKENIZER, **way)
 
 
 @cache
@@ -78,7 +89,7 @@ def logprobs(reader: Reader) -> list[float]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate", GATES)
 def test_greedy_tokens_and_logprobs_equal_moe_generate(gate: str, way: str) -> None:
-    driver = Driver(model_with(gate), TOKENIZER, **WAYS[way])
+    driver = driver_of(model_with(gate), WAYS[way])
     readers = [driver.ask(prompt, max_tokens=12, logprobs=0) for prompt in PROMPTS]
     driver.run()
     for prompt, reader in zip(PROMPTS, readers, strict=True):
@@ -100,15 +111,18 @@ def sampled(driver: Driver, prompt: tuple[int, ...], seed: int) -> Reader:
     return driver.ask(prompt, max_tokens=16, temperature=1.5, top_p=0.95, seed=seed, logprobs=1)
 
 
+@pytest.mark.parametrize("native", [None, True])
 @pytest.mark.parametrize("gate", ["topk", "sparse_ot", "top_p"])
-def test_pain_12_batch_invariant_mode_gives_the_same_bits_whatever_the_neighbours(gate: str) -> None:
+def test_pain_12_batch_invariant_mode_gives_the_same_bits_whatever_the_neighbours(
+    gate: str, native: bool | None
+) -> None:
     """Tokens and log-probabilities are equal, not close: alone, in company, in chunks, pre-empted, from the cache."""
-    model = model_with(gate)
-    alone = Driver(model, TOKENIZER, batch_invariant=True)
+    model, way = model_with(gate), {"batch_invariant": True, "native": native}
+    alone = driver_of(model, way)
     reader = sampled(alone, PROMPTS[3], 7)
     alone.run()
     wanted = (reader.tokens(), logprobs(reader))
-    crowded = Driver(model, TOKENIZER, batch_invariant=True, num_blocks=24, sequences=6, step_tokens=13)
+    crowded = driver_of(model, {**way, "num_blocks": 24, "sequences": 6, "step_tokens": 13})
     for round_ in range(3):
         for number, prompt in enumerate(PROMPTS):
             sampled(crowded, prompt, round_ * 10 + number)
@@ -140,7 +154,7 @@ def test_prompt_logprobs_are_a_plain_forward_passs_however_the_prompt_is_cut() -
         logprob_TV = torch.log_softmax(model(torch.tensor([PROMPTS[3]]), context=context).logits_BTV[0], -1)
     wanted = [float(logprob_TV[i, token]) for i, token in enumerate(PROMPTS[3][1:])]
     for way in WAYS.values():
-        driver = Driver(model, TOKENIZER, **way)
+        driver = driver_of(model, way)
         warm = driver.ask(PROMPTS[3], max_tokens=4)
         others = [driver.ask(prompt, max_tokens=20) for prompt in PROMPTS]
         reader = driver.ask(PROMPTS[3], max_tokens=3, prompt_logprobs=2, return_prompt=True)
@@ -186,7 +200,7 @@ def test_embeddings_are_the_mean_of_normalised_states_however_they_are_computed(
             mean_D = model.norm(x_1TD[0]).mean(0)
         wanted.append((mean_D / mean_D.norm()).tolist())
     for way in WAYS.values():
-        driver = Driver(model, TOKENIZER, **way)
+        driver = driver_of(model, way)
         others = [driver.ask(prompt, max_tokens=20) for prompt in PROMPTS]
         reader = driver.embed(*PROMPTS)
         driver.run()
