@@ -170,7 +170,7 @@ class EngineClient(Protocol):
         ...
 
     async def record_experts(self, model: str, *, start: bool) -> ExpertRecord:
-        """Start counting expert loads from zero, or stop; returns what was counted until now."""
+        """Start counting expert loads from zero, or stop; returns what the recording that this ends had counted."""
         ...
 
     async def expert_record(self, model: str) -> ExpertRecord:
@@ -181,6 +181,10 @@ class EngineClient(Protocol):
         """Never waits for the engine."""
         ...
 
-    async def stats(self) -> EngineStats:
-        """Never waits for the engine."""
+    async def stats(self, model: str | None = None) -> EngineStats:
+        """Of one model, or of all together. Never waits for the engine.
+
+        Raises:
+            UnknownModelError: nothing is served under that name.
+        """
         ...

@@ -106,7 +106,7 @@ class ParrotEngine:
     async def health(self) -> EngineHealth:
         return self.state
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, model: str | None = None) -> EngineStats:
         return EngineStats(
             num_running=1,
             num_waiting=2,

@@ -106,7 +106,7 @@ class YardEngine:
     async def health(self) -> EngineHealth:
         return EngineHealth("ready")
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, model: str | None = None) -> EngineStats:
         return EngineStats(
             num_running=3,
             num_waiting=5,

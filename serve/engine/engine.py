@@ -256,7 +256,10 @@ class AsyncEngine:
             return EngineHealth("dead", detail="The engine's thread is gone.")
         return EngineHealth(self._status, max(0.0, time.monotonic() - self._beat_s), self._detail)
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, model: str | None = None) -> EngineStats:
+        """See :meth:`serve.client.EngineClient.stats`."""
+        if model is not None:
+            self._know(model)
         core = self.core
         with self._changed:
             requests, waiting = self._admission.num_requests, self._admission.num_waiting

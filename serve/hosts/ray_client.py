@@ -318,9 +318,10 @@ class RayHandleClient:
         await asyncio.gather(*(fleet.refresh(wait=True) for fleet in self._fleets.values()))
         return worst_health([fleet.health() for fleet in self._fleets.values()])
 
-    async def stats(self) -> EngineStats:
-        await asyncio.gather(*(fleet.refresh(wait=True) for fleet in self._fleets.values()))
-        return merge_stats([fleet.stats() for fleet in self._fleets.values()])
+    async def stats(self, model: str | None = None) -> EngineStats:
+        fleets = list(self._fleets.values()) if model is None else [self._of(model)]
+        await asyncio.gather(*(fleet.refresh(wait=True) for fleet in fleets))
+        return merge_stats([fleet.stats() for fleet in fleets])
 
 
 async def swap_on_all(fleet: Fleet, path: str, running: Literal["drain", "keep"]) -> str:

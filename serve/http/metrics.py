@@ -5,6 +5,7 @@ Each application has its own registry: two servers in one process do not mix, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -54,9 +55,9 @@ class ServerMetrics:
     def aborted(self, model_name: str, reason: AbortReason) -> None:
         self._aborted.labels(model_name, reason).inc()
 
-    def render(self, models: tuple[ModelInfo, ...], stats: EngineStats, health: EngineHealth) -> bytes:
+    def render(self, models: Sequence[tuple[ModelInfo, EngineStats]], health: EngineHealth) -> bytes:
         """The exposition text for one scrape."""
-        self._engine.update(models, stats, health)
+        self._engine.update(models, health)
         return generate_latest(self.registry)
 
 

@@ -69,9 +69,10 @@ def system_router(client: EngineClient, settings: ServerSettings, metrics: Serve
         return json_response(VersionBody(version=installed_version()))
 
     @router.get("/experts/load", responses={200: {"model": ExpertLoads}, **errors(401, 404, 503)})
-    async def experts() -> Response:
-        """How many tokens each expert of the default model took since start, and how busy the engine is."""
-        return json_response(expert_loads(await find_model(client, None), await client.stats()))
+    async def experts(model: str | None = None) -> Response:
+        """How many tokens each expert of a model, or of the default one, took since start, and how busy it is."""
+        info = await find_model(client, model)
+        return json_response(expert_loads(info, await client.stats(info.model_id)))
 
     @router.get("/v1/models", responses={200: {"model": ModelList}, **errors(401, 503)})
     async def models() -> Response:
@@ -86,7 +87,8 @@ def system_router(client: EngineClient, settings: ServerSettings, metrics: Serve
     @router.get("/metrics", response_class=PlainTextResponse, responses=errors(401, 503))
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        text = metrics.render(await client.models(), await client.stats(), await client.health())
+        models = [(model, await client.stats(model.model_id)) for model in await client.models()]
+        text = metrics.render(models, await client.health())
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     @router.get("/", include_in_schema=False)

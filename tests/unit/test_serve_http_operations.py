@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from moe.errors import UserError
-from serve.client import EngineHealth
+from serve.client import EngineHealth, EngineStats, ModelInfo
 from serve.http.settings import ServerSettings
 from tests.parrot_engine import Json, ParrotEngine, call
 
@@ -96,6 +97,40 @@ def test_metrics_are_prometheus_text_with_vllm_stems_and_expert_load() -> None:
         assert "expert_tokens_total{" not in (await client.get("/metrics")).text
 
     call(work)
+
+
+class TwoParrots(ParrotEngine):
+    """Two models behind one server; the second has done twice as much, with other experts."""
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return (self.info, replace(self.info, model_id="macaw", moe_layers=(2,), num_experts=3))
+
+    async def stats(self, model: str | None = None) -> EngineStats:
+        first = await super().stats()
+        assert model is not None, "sums of different models are of no use"
+        if model == "parrot":
+            return first
+        return replace(first, generation_tokens=2 * first.generation_tokens, expert_load=((5, 0, 1),), finished={})
+
+
+def test_every_model_has_its_own_numbers() -> None:
+    async def work(client: httpx.AsyncClient, _: ParrotEngine) -> None:
+        text = (await client.get("/metrics")).text
+        lines = text.splitlines()
+        assert 'moeyard:generation_tokens_total{model_name="parrot"} 50.0' in lines
+        assert 'moeyard:generation_tokens_total{model_name="macaw"} 100.0' in lines
+        assert 'moeyard:expert_tokens_total{expert="0",layer="2",model_name="macaw"} 5.0' in lines
+        assert 'moeyard:expert_load_imbalance{layer="2",model_name="macaw"} 2.5' in lines
+        assert 'moeyard:request_success_total{finished_reason="stop",model_name="parrot"} 5.0' in lines
+        assert sum(line.startswith("moeyard:request_success_total{") for line in lines) == 1
+        assert text.count("# TYPE moeyard:generation_tokens_total counter") == 1  # a family is there once
+        macaw = (await client.get("/experts/load", params={"model": "macaw"})).json()
+        assert (macaw["model"], macaw["layers"], macaw["tokens"]) == ("macaw", [2], [[5, 0, 1]])
+        assert (await client.get("/experts/load")).json()["model"] == "parrot"
+        missing = await client.get("/experts/load", params={"model": "owl"})
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+    call(work, make=TwoParrots)
 
 
 def test_metrics_of_the_cache_the_passes_and_what_they_read() -> None:

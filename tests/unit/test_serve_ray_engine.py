@@ -150,7 +150,7 @@ class FakeEngine:
     async def health(self) -> EngineHealth:
         return self.health_now
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, model: str | None = None) -> EngineStats:
         return EngineStats()
 
 
