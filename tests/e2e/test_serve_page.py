@@ -62,9 +62,9 @@ def test_the_policy_allows_the_file_itself_and_nothing_else(yard: Yard) -> None:
 def test_the_page_asks_only_its_own_server_and_nothing_moves_while_it_loads(browser: Browser, yard: Yard) -> None:
     with visiting(browser, yard.url) as visit:
         visit.page.wait_for_selector("#live.on")
-        visit.until(lambda: visit.requests.count(f"{yard.url}experts/load") > 2)
+        visit.until(lambda: visit.requests.count(f"{yard.url}experts/load?model=yard") > 2)
         asked = {url.removeprefix(yard.url) for url in visit.requests if not url.startswith("data:")}
-        assert asked == {"", "v1/models", "experts/load"}
+        assert asked == {"", "v1/models", "experts/load", "experts/load?model=yard"}
         assert visit.page.title() == "yard · moeyard"
         assert visit.page.text_content("#facts") == "8 experts in 4 layers, gate topk"
         assert visit.page.evaluate(LAYOUT_SHIFT) < 0.01
