@@ -217,7 +217,7 @@ def _library() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with _file_lock(library.with_suffix(".lock")):
         if not library.exists():  # nobody else built it while we waited
-            LOG.info("building native ops with %s: some ten seconds, once", compiler[0])
+            LOG.warning("building native ops with %s: some ten seconds, once", compiler[0])
             _build(compiler, sources, library)
     return library
 
