@@ -66,7 +66,8 @@ test-peers: install-dev
 # What needs packages too large for the dev extra: Ray and its 300 MB, and random requests over the whole API.
 test-ray: install-dev
 	@$(PIP) "ray[serve]>=2.60" schemathesis
-	@$(BIN)/python -m pytest tests/e2e/test_serve_ray.py tests/e2e/test_serve_ray_local.py tests/unit/test_serve_http_schemathesis.py
+	@$(BIN)/python -m pytest tests/e2e/test_serve_contract.py tests/e2e/test_serve_contract_process.py \
+		tests/e2e/test_serve_ray.py tests/e2e/test_serve_ray_local.py tests/unit/test_serve_http_schemathesis.py
 
 # The one-minute form of it is among the tests.
 MINUTES ?= 30

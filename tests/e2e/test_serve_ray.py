@@ -1,5 +1,5 @@
-"""Both Ray layouts against the official openai client: what is promised without Ray is kept with it, and replicas may
-die, be updated and be given other weights meanwhile."""
+"""Both Ray layouts beyond what every host promises (test_serve_contract.py): replicas may die, be updated, and be given
+other weights meanwhile."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +17,23 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 import yaml
 
-from moe.checkpoint import save_model
-from moe.config import ModelConfig, MoEConfig
-from moe.tokenizer import Tokenizer
-from moe.transformer import Transformer, next_token_loss
 from serve.client import (
     EmbeddingRequest,
     EngineClient,
     EngineRequest,
-    EngineStats,
     InvalidRequestError,
     QueueFullError,
     RequestAbortedError,
     SamplingOptions,
 )
 from serve.hosts.ray_client import REPORT_AGE_S, Fleet, RayHandleClient
-from serve.hosts.ray_merge import ReplicaReport, merge_stats
+from serve.hosts.ray_merge import ReplicaReport
 from serve.hosts.ray_options import RayOptions
 from serve.hosts.sockets import free_port
+from tests.fox import make_run
+from tests.serve_hosts import API_KEY, KEY, ROOT
 
 pytest.importorskip("ray.serve", reason="needs Ray: make test-ray")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,39 +45,14 @@ from serve.hosts import ray_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-SENTENCE = "Grüße, 😀 fox! STOP here. "
 CONTEXT = 1024
 APP = "under-test"
-ROOT = Path(__file__).resolve().parents[2]
-KEY = {"authorization": "Bearer sk-good"}
-Layout = str
-
-
-def make_run(folder: Path, seed: int) -> Path:
-    """A run directory whose exported model repeats one sentence."""
-    torch.set_num_threads(1)
-    tokenizer = Tokenizer.bytes()
-    moe = MoEConfig(num_experts=4, hidden_dim=32)
-    model = Transformer(
-        ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, num_layers=2, num_heads=2, max_seq_len=CONTEXT, moe=moe)
-    )
-    model.init_weights(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids_BT = torch.tensor([tokenizer.encode(SENTENCE * 4)[:96]])
-    for _ in range(60):
-        loss, count = next_token_loss(model(ids_BT[:, :-1]).logits_BTV, ids_BT[:, 1:])
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder.mkdir()
-    save_model(folder / "model", model.eval(), tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return make_run(folder / "fox", 0), make_run(folder / "fox-later", 1)
+    return make_run(folder / "fox", context=CONTEXT), make_run(folder / "fox-later", context=CONTEXT, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +81,7 @@ class Running:
         return self.options.layout
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="sk-good", **({"max_retries": 0} | options))
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, **({"max_retries": 0} | options))
 
     def reports(self) -> list[ReplicaReport]:
         async def ask() -> list[ReplicaReport]:
@@ -121,24 +90,11 @@ class Running:
 
         return asyncio.run(ask())
 
-    def stats(self) -> EngineStats:
-        return merge_stats([report.stats for report in self.reports()])
 
-    def until(self, timeout_s: float = 10, **expected: int) -> float:
-        """Waits until the engines' gauges have these values; how long that took."""
-        began = time.monotonic()
-        while time.monotonic() - began < timeout_s:
-            stats = self.stats()
-            if all(getattr(stats, name) == value for name, value in expected.items()):
-                return time.monotonic() - began
-            time.sleep(0.005)
-        raise AssertionError(f"wanted {expected}, got {stats}")
-
-
-def options_for(run: Path, layout: Layout, **changes: Any) -> RayOptions:
+def options_for(run: Path, layout: str, **changes: Any) -> RayOptions:
     # One sequence at a time, so that queues are as the tests say.
     limits = {"max_sequences": 1, "max_queue": 1, "health_check_period_s": 0.5, "drain_s": 5}
-    return RayOptions(model=str(run), name="fox", layout=layout, api_keys=("sk-good",), **(limits | changes))
+    return RayOptions(model=str(run), name="fox", layout=layout, api_keys=(API_KEY,), **(limits | changes))
 
 
 def deploy(url: str, options: RayOptions) -> Running:
@@ -150,133 +106,6 @@ def deploy(url: str, options: RayOptions) -> Running:
 def server(request: pytest.FixtureRequest, base_url: str, runs: tuple[Path, Path]) -> Iterator[Running]:
     yield deploy(base_url, options_for(runs[0], request.param))
     ray_serve.delete(APP)
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with server.client() as client:
-        yield client
-
-
-def test_models_completions_and_chat(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["fox"]
-    answer = client.completions.create(model="fox", prompt="Gr", max_tokens=30, temperature=0, stop="STOP")
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("üße, 😀 fox! ", "stop")
-    assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (2, 2 + answer.usage.completion_tokens)
-    chat = client.chat.completions.create(model="fox", messages=[{"role": "user", "content": "Hi"}], max_tokens=8)
-    assert chat.choices[0].message.role == "assistant"
-    assert chat._request_id is not None
-    assert "," not in chat._request_id  # Ray stamps answers as well
-
-
-def test_streams_equal_whole_answers_with_usage_and_logprobs(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {"model": "fox", "temperature": 1.5, "seed": 11, "max_tokens": 60, "n": 2}
-    messages: Any = [{"role": "user", "content": "Grüße"}]
-    whole = client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=2, **options)
-    texts, logprobs, finish, usage = ["", ""], [[], []], [], None  # type: ignore[var-annotated]
-    for chunk in client.chat.completions.create(
-        messages=messages,
-        stream=True,
-        stream_options={"include_usage": True},
-        logprobs=True,
-        top_logprobs=2,
-        **options,
-    ):
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-            logprobs[choice.index] += choice.logprobs.content or [] if choice.logprobs else []
-            finish += [choice.finish_reason] if choice.finish_reason else []
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert len(finish) == 2
-    assert usage is not None
-    assert whole.usage is not None
-    assert usage.total_tokens == whole.usage.total_tokens
-    for choice, streamed in zip(whole.choices, logprobs, strict=True):
-        assert choice.logprobs is not None
-        assert choice.logprobs.content is not None
-        assert [entry.token for entry in choice.logprobs.content] == [entry.token for entry in streamed]
-        assert all(len(entry.top_logprobs) == 2 for entry in streamed)
-
-
-def test_async_clients_share_an_engine(server: Running) -> None:
-    async def run() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="sk-good", max_retries=0) as client:
-
-            async def one(prompt: str) -> str:
-                stream = await client.completions.create(
-                    model="fox", prompt=prompt, temperature=0, max_tokens=50, stream=True
-                )
-                return "".join([chunk.choices[0].text async for chunk in stream])
-
-            alone = [await one("Gr"), await one("fo")]
-            assert await asyncio.gather(one("Gr"), one("fo")) == alone
-
-    asyncio.run(run())
-
-
-def test_errors_have_their_status_and_shape(client: openai.OpenAI, server: Running) -> None:
-    with pytest.raises(openai.NotFoundError) as unknown:
-        client.completions.create(model="wolf", prompt="x", stream=True)
-    assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as long:
-        client.completions.create(model="fox", prompt="x" * (CONTEXT + 5), stream=True)
-    assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="fox", prompt="x", temperature=-1)
-    with pytest.raises(openai.AuthenticationError):
-        client.with_options(api_key="sk-bad").models.list()
-    assert httpx.get(f"{server.url}/nowhere", headers=KEY).json()["error"]["code"] == "not_found"
-
-
-def test_pain_5_a_full_queue_is_429_that_the_client_can_retry(client: openai.OpenAI, server: Running) -> None:
-    long: dict[str, Any] = {"model": "fox", "prompt": "x", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
-    streams = [client.completions.create(stream=True, **long) for _ in range(2)]
-    server.until(num_running=1, num_waiting=1)
-    for stream in (False, True):
-        with pytest.raises(openai.RateLimitError) as full:
-            client.completions.create(model="fox", prompt="x", stream=stream)
-        assert int(full.value.response.headers["retry-after"]) >= 1
-        assert full.value.code == "queue_full_requests"
-        assert full.value.type == "rate_limit_error"
-    with ThreadPoolExecutor(1) as pool:
-        patient = server.client(max_retries=4)
-        retried = pool.submit(patient.completions.create, model="fox", prompt="fo", max_tokens=2, temperature=0)
-        time.sleep(0.2)
-        for stream in streams:
-            stream.close()
-        assert retried.result(30).choices[0].text == "x!"
-    server.until(num_running=0, num_waiting=0)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_pain_7_closing_the_connection_ends_running_and_waiting_requests(server: Running, stream: bool) -> None:
-    before = server.stats().finished.get("abort", 0)
-    body = {"prompt": "Gr", "max_tokens": 1000, "n": 2, "ignore_eos": True, "stream": stream}
-    request = httpx.Request("POST", f"{server.url}/v1/completions", json=body)
-    host, port = server.url.removeprefix("http://").split(":")
-    connections = []
-    for _ in range(2):
-        connection = socket.create_connection((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(request.read())}\r\n"
-        head += f"content-type: application/json\r\nauthorization: {KEY['authorization']}\r\n\r\n"
-        connection.sendall(head.encode() + request.read())
-        connections.append(connection)
-    server.until(num_running=1, num_waiting=1)
-    for connection in reversed(connections):
-        connection.close()
-    assert server.until(num_running=0, num_waiting=0) < 1
-    assert server.stats().finished["abort"] == before + 2
-
-
-def test_health_readiness_and_metrics(server: Running) -> None:
-    assert httpx.get(f"{server.url}/health").json()["status"] == "ready"
-    assert httpx.get(f"{server.url}/ready").status_code == 200
-    assert httpx.get(f"{server.url}/metrics").status_code == 401
-    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
-    (line,) = (line for line in text.splitlines() if line.startswith("moeyard:generation_tokens_total"))
-    assert float(line.split()[-1]) == server.stats().generation_tokens
 
 
 def test_a_killed_replica_ends_its_stream_with_an_error_and_is_replaced(server: Running) -> None:
@@ -379,7 +208,7 @@ def deploy_file(server: Running, weights: Path, replicas: int) -> None:
     (application,) = config["applications"]
     application["name"] = APP
     application["args"] |= server.options.model_dump(include={"model", "name", "max_queue", "health_check_period_s"})
-    application["args"] |= {"threads": 1, "num_replicas": replicas, "api_keys": "sk-good"}
+    application["args"] |= {"threads": 1, "num_replicas": replicas, "api_keys": API_KEY}
     application["deployments"][0]["user_config"]["weights"] = str(weights)
     del config["http_options"], config["proxy_location"]
     client: Any = _get_global_client()
