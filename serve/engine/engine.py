@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from moe.errors import UserError
@@ -224,6 +224,22 @@ class AsyncEngine:
             swap.done.set_running_or_notify_cancel()
             await self._order(lambda: self._begin_swap(swap))
             return await asyncio.wrap_future(swap.done)
+
+    async def limit(self, queue: QueueLimits, max_step_tokens: int) -> None:
+        """Other bounds from now on. What waits already goes on waiting, also beyond them.
+
+        Raises:
+            ValueError: fewer tokens a pass than sequences.
+            EngineDeadError, EngineUnavailableError: the engine takes no orders now.
+        """
+        scheduler = self.core.scheduler
+
+        def use() -> None:
+            scheduler.limits = replace(scheduler.limits, max_step_tokens=max_step_tokens)
+
+        await self._order(use)
+        with self._changed:
+            self._admission.limits = queue
 
     async def reset_prefix_cache(self, model: str) -> int:
         """See :meth:`serve.client.EngineClient.reset_prefix_cache`."""

@@ -11,12 +11,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from moe.errors import UserError
 from serve.client import EngineClient, EngineError, EngineRequest, TokenChunk, TokenStream
+from serve.engine.admission import QueueLimits
+from serve.engine.settings import EngineSettings
 from serve.hosts.ray_merge import ReplicaReport
 from serve.hosts.ray_options import RayOptions
+from serve.hosts.ray_user_config import LIMITS, UserConfig
 
 LOG = logging.getLogger("moeyard.serve.ray")
 # First item of a remote stream: the engine has taken the request.
@@ -47,7 +50,15 @@ class ReplicaStartError(RuntimeError):
         super().__init__(f"{REASON} {' '.join(str(reason).split())}")
 
 
-def load_replica_engine(model_dir: Path, model_id: str, options: RayOptions) -> EngineClient:
+class ReplicaEngine(EngineClient, Protocol):
+    """An engine whose limits can be changed while it runs."""
+
+    async def limit(self, queue: QueueLimits, max_step_tokens: int) -> None:
+        """See :meth:`serve.engine.engine.AsyncEngine.limit`."""
+        ...
+
+
+def load_replica_engine(model_dir: Path, model_id: str, options: RayOptions) -> ReplicaEngine:
     """The only place that knows which engine runs in replicas."""
     from serve.engine.load import load_engine  # torch: only where there is an engine
 
@@ -141,14 +152,14 @@ class EngineHost:
     ) -> None:
         self._model_id, self._model_dir, self._options = model_id, model_dir, options
         self._replica_id, self._caller_lives = replica_id, caller_lives
-        self._client: EngineClient | None = None
-        self._weights = str(model_dir)
+        self._client: ReplicaEngine | None = None
+        self._weights, self._settings = str(model_dir), options.engine_settings()
         self._configured = self._stopping = False
         self._callers: dict[str, str] = {}
         self._watch: asyncio.Task[None] | None = None
 
     @property
-    def client(self) -> EngineClient:
+    def client(self) -> ReplicaEngine:
         assert self._client is not None
         return self._client
 
@@ -194,28 +205,40 @@ class EngineHost:
         return ReplicaReport(self._replica_id, os.getpid(), model, stats, health)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Ray's ``user_config``: ``weights``, a model directory to serve from now on, and ``running``, what becomes
-        of running requests (see :meth:`serve.client.EngineClient.swap_weights`).
+        """Ray's ``user_config`` (see :class:`serve.hosts.ray_user_config.UserConfig`): limits at once, then weights.
 
-        Weights that cannot be served keep a new replica from starting, but leave a running one as it is: Ray replaces
-        replicas whose update fails by new ones, which would fail as well, and soon nobody would answer.
+        What is not valid, and weights that cannot be served, keep a new replica from starting, but leave a running one
+        as it is: Ray replaces replicas whose update fails by new ones, which would fail as well, and soon nobody would
+        answer.
         """
         starting, self._configured = not self._configured, True
         try:
-            unknown = config.keys() - {"weights", "running"}
-            if unknown:
-                raise UserError(f"user_config: unknown {', '.join(sorted(unknown))}; known are weights and running")
-            weights = str(config.get("weights") or self._model_dir)
+            wanted = UserConfig.read(config)
+            await self._limit(wanted.limits(self._options.engine_settings()))
+            weights = wanted.weights or str(self._model_dir)
             if weights != self._weights:
-                version = await self.client.swap_weights(
-                    self._model_id, weights, running=config.get("running", "drain")
-                )
+                version = await self.client.swap_weights(self._model_id, weights, running=wanted.running)
                 self._weights = weights
                 LOG.info("%s serves the weights %s of %s", self._model_id, version, weights)
         except (UserError, EngineError) as error:
             if starting:
                 raise ReplicaStartError(error) from error
-            LOG.error("%s goes on with the weights of %s: %s", self._model_id, self._weights, error)
+            LOG.error("%s goes on as it was, with the weights of %s: %s", self._model_id, self._weights, error)
+
+    async def _limit(self, settings: EngineSettings) -> None:
+        if settings == self._settings:
+            return
+        await self.client.limit(QueueLimits(settings.max_queue, settings.max_queue_tokens), settings.max_step_tokens)
+        self._settings = settings
+        values = ", ".join(f"{name} {getattr(settings, name)}" for name in LIMITS)
+        LOG.info("%s has other limits: %s", self._model_id, values)
+        if settings.max_sequences + settings.max_queue >= self._options.engine_requests:
+            LOG.warning(
+                "max_queue %d is never reached: Ray sends %d requests at a time, unless max_ongoing_requests stands"
+                " beside user_config",
+                settings.max_queue,
+                self._options.engine_requests,
+            )
 
     async def generate(self, request: EngineRequest, caller: str = "") -> AsyncGenerator[object, None]:
         """ADMITTED, then lists of chunks; an :class:`EngineError` instead of either is the end.

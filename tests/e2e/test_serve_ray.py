@@ -199,7 +199,7 @@ def test_a_rolling_update_of_two_replicas_fails_no_request(base_url: str, runs: 
         ray_serve.delete(APP)
 
 
-def deploy_file(server: Running, weights: Path, replicas: int) -> None:
+def deploy_file(server: Running, replicas: int, user_config: dict[str, Any], **deployment: Any) -> None:
     """What ``serve deploy docker/ray-serve.yaml`` does, without the dashboard that it posts to."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
@@ -207,9 +207,13 @@ def deploy_file(server: Running, weights: Path, replicas: int) -> None:
     config = yaml.safe_load((ROOT / "docker" / "ray-serve.yaml").read_text())
     (application,) = config["applications"]
     application["name"] = APP
-    application["args"] |= server.options.model_dump(include={"model", "name", "max_queue", "health_check_period_s"})
+    given = {"model", "name", "layout", "max_sequences", "max_queue", "health_check_period_s"}
+    application["args"] |= server.options.model_dump(include=given)
     application["args"] |= {"threads": 1, "num_replicas": replicas, "api_keys": API_KEY}
-    application["deployments"][0]["user_config"]["weights"] = str(weights)
+    if server.layout == "B":
+        application["deployments"][0]["name"] = RayOptions.engine_name("fox")
+    application["deployments"][0]["user_config"] |= user_config
+    application["deployments"][0] |= deployment
     del config["http_options"], config["proxy_location"]
     client: Any = _get_global_client()
     client.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
@@ -226,24 +230,76 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
 def test_the_deploy_file_swaps_weights_under_load_without_a_restart(base_url: str, runs: tuple[Path, Path]) -> None:
     server = Running(base_url, options_for(runs[0], "A", max_queue=8))
     try:
-        deploy_file(server, runs[0], 2)
+        deploy_file(server, 2, {"weights": str(runs[0])})
         before = server.reports()
         versions = {report.model.weights_version for report in before}
         assert len(versions) == 1
         traffic = Traffic(server)
         with traffic.flowing():
             time.sleep(0.5)
-            deploy_file(server, runs[1], 2)
+            deploy_file(server, 2, {"weights": str(runs[1])})
             wait_for(lambda: {r.model.weights_version for r in server.reports()}.isdisjoint(versions), 30)
             swapped = server.reports()
             # What cannot be served is not, and nobody notices.
-            deploy_file(server, runs[1] / "nowhere", 2)
+            deploy_file(server, 2, {"weights": str(runs[1] / "nowhere")})
             time.sleep(2)
         assert traffic.failures == []
         assert len({report.model.weights_version for report in swapped}) == 1
         after = server.reports()
         assert {report.pid for report in after} == {report.pid for report in before}
         assert {r.model.weights_version for r in after} == {r.model.weights_version for r in swapped}
+    finally:
+        ray_serve.delete(APP)
+
+
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_the_deploy_file_changes_limits_under_load_without_a_restart(
+    base_url: str, runs: tuple[Path, Path], layout: str
+) -> None:
+    server = Running(base_url, options_for(runs[0], layout))
+    weights = {"weights": str(runs[0])}
+    streams: list[Any] = []
+
+    def asks(prompt: str = "x") -> str:
+        """Leaves a request that runs or waits until the end of the test; or says which limit refuses it."""
+        options: dict[str, Any] = {"max_tokens": 900, "n": 100, "extra_body": {"ignore_eos": True}}
+        try:
+            streams.append(client.completions.create(model="fox", prompt=prompt, stream=True, **options))
+        except openai.RateLimitError as error:
+            return str(error.code)
+        return "taken"
+
+    def one_less_is_still_full() -> bool:
+        if len(streams) == 4:
+            streams.pop().close()
+        wait_for(lambda: server.reports()[0].stats.num_waiting == 2, 10)
+        return asks() == "queue_full_requests"
+
+    try:
+        deploy_file(server, 1, weights)
+        (before,) = server.reports()
+        with server.client() as client, contextlib.ExitStack() as closing:
+            closing.callback(lambda: [stream.close() for stream in streams])
+            assert [asks(), asks(), asks()] == ["taken", "taken", "queue_full_requests"]
+            # One runs and one waits, as the arguments say; now two more may.
+            deploy_file(server, 1, weights | {"max_queue": 3, "max_queue_tokens": 50}, max_ongoing_requests=60)
+            wait_for(lambda: asks() == "taken", 30)
+            assert [asks("x" * 49), asks()] == ["queue_full_prompt_tokens", "taken"]
+            assert asks() == "queue_full_requests"
+            # What makes no sense changes nothing, and nobody notices.
+            deploy_file(server, 1, weights | {"max_queue": -1}, max_ongoing_requests=60)
+            deploy_file(server, 1, weights | {"max_queu": 9}, max_ongoing_requests=60)
+            time.sleep(2)
+            assert asks() == "queue_full_requests"
+            (report,) = server.reports()
+            assert (report.stats.num_running, report.stats.num_waiting) == (1, 3)
+            # Less than what waits: nobody is sent away, nobody is let in.
+            deploy_file(server, 1, weights | {"max_queue": 0})
+            wait_for(one_less_is_still_full, 30)
+            (after,) = server.reports()
+            assert (after.stats.num_running, after.stats.num_waiting) == (1, 2)
+            assert after.pid == before.pid
+            assert next(iter(streams[0])).choices[0].text
     finally:
         ray_serve.delete(APP)
 

@@ -22,12 +22,14 @@ from serve.client import (
     EngineDeadError,
     EngineRequest,
     InvalidRequestError,
+    QueueFullError,
     RequestAbortedError,
     SamplingOptions,
     Structure,
     TokenChunk,
     UnknownModelError,
 )
+from serve.engine.admission import QueueLimits
 from serve.engine.engine import AsyncEngine
 from serve.engine.load import load_engine
 from serve.engine.settings import EngineSettings
@@ -321,3 +323,42 @@ def test_gauges_of_memory_and_reading(models: Path) -> None:
         assert stats.read_gb_per_s > 0
 
     with_engine(models, work)
+
+
+def test_limits_change_while_requests_run_and_wait(models: Path) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        async def full(tokens: int) -> str | None:
+            try:
+                stream = await engine.generate(ask("x" * tokens, f"probe {tokens}", max_tokens=1))
+            except QueueFullError as error:
+                return error.reason
+            await stream.aclose()
+            return None
+
+        streams = [await engine.generate(ask("x", f"r{i}", max_tokens=100, n=50, ignore_eos=True)) for i in range(2)]
+        await anext(streams[0])
+        assert await full(1) == "requests"
+        await engine.limit(QueueLimits(2, 10), 64)
+        assert (await full(10), await full(9)) == ("prompt_tokens", None)
+        # Less than what waits already: nobody is sent away.
+        await engine.limit(QueueLimits(0, 10), 64)
+        assert await full(1) == "requests"
+        assert (await anext(streams[0])).token_ids
+        for stream in streams:
+            await stream.aclose()
+        while (await engine.stats()).num_running + (await engine.stats()).num_waiting:
+            await asyncio.sleep(0.002)
+
+        async def passes(name: str) -> int:
+            before = (await engine.stats()).steps
+            await read(engine, ask(f"{name}{'z' * 63}", name, max_tokens=1))
+            return (await engine.stats()).steps - before
+
+        assert await passes("a") == 1
+        await engine.limit(QueueLimits(), 16)
+        assert await passes("b") == 4
+        with pytest.raises(ValueError, match="max_step_tokens 0 must be at least max_sequences 1"):
+            await engine.limit(QueueLimits(), 0)
+        assert await passes("c") == 4
+
+    with_engine(models, work, max_sequences=1, max_queue=1, max_step_tokens=64)

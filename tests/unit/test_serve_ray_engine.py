@@ -24,6 +24,7 @@ from serve.client import (
     TokenChunk,
     Usage,
 )
+from serve.engine.admission import QueueLimits
 from serve.hosts import ray_engine
 from serve.hosts.ray_engine import ADMITTED, REASON, EngineHost, ReplicaStartError, batches, joined
 from serve.hosts.ray_options import RayOptions
@@ -121,6 +122,7 @@ class FakeEngine:
     health_now: EngineHealth = field(default_factory=lambda: EngineHealth("ready"))
     refuses: EngineError | None = None
     swaps: list[tuple[str, str]] = field(default_factory=list)
+    limits: list[tuple[int, int, int]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
     async def start(self) -> None:
@@ -146,6 +148,9 @@ class FakeEngine:
             raise EngineUnavailableError(f"{path} is bad")
         self.swaps.append((path, running))
         return "v2"
+
+    async def limit(self, queue: QueueLimits, max_step_tokens: int) -> None:
+        self.limits.append((queue.max_requests, queue.max_prompt_tokens, max_step_tokens))
 
     async def health(self) -> EngineHealth:
         return self.health_now
@@ -233,6 +238,57 @@ def test_weights_that_cannot_be_served_stop_a_start_but_no_running_replica(engin
         await host.reconfigure({"weights": "/n"})  # it has them
         await host.reconfigure({"weights": None})  # back to the first
         assert engine.swaps == [("/n", "keep"), ("/m", "drain")]
+
+    asyncio.run(run())
+
+
+def test_limits_change_in_place_and_go_back_to_the_arguments(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        host = host_of(max_queue=4, max_queue_tokens=100, max_step_tokens=64)
+        await host.start()
+        await host.reconfigure({"weights": "/m", "max_queue": 4})  # as they are
+        assert engine.limits == []
+        await host.reconfigure({"max_queue": 0, "max_queue_tokens": 7})
+        # What is not valid changes nothing at all, and weights that cannot be served keep no limit from changing.
+        await host.reconfigure({"max_queue": 9, "max_step_tokens": 31, "weights": "/n"})
+        await host.reconfigure({"max_queue": 9, "max_queu_tokens": 1, "weights": "/n"})
+        assert engine.limits == [(0, 7, 64)]
+        await host.reconfigure({"max_queue": 2, "weights": "/bad"})
+        await host.reconfigure({})
+        await host.reconfigure({"max_queue": 500})
+        assert engine.limits == [(0, 7, 64), (2, 100, 64), (4, 100, 64), (500, 100, 64)]
+        assert engine.swaps == []
+
+    asyncio.run(run())
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 3
+    assert "user_config: max_step_tokens must be at least 32 (max_sequences: one token each), got 31" in errors[0]
+    assert "user_config: unknown max_queu_tokens, known are weights, running, max_queue, " in errors[1]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith("max_queue 500 is never reached: Ray sends 68 requests at a time")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"max_queue": -1}, "max_queue must be at least 0, got -1"),
+        ({"max_queue_tokens": 0}, "max_queue_tokens must be at least 1, got 0"),
+        ({"max_queue": "many"}, "max_queue: Input should be a valid integer, .*, got 'many'"),
+        ({"running": "stop"}, "running: Input should be 'drain' or 'keep', got 'stop'"),
+        ({"weights": 3, "x": 1}, "weights: Input should be a valid string, got 3; unknown x, known are .*"),
+    ],
+)
+def test_a_user_config_that_is_not_valid_stops_a_start_in_one_line(
+    engine: FakeEngine, config: dict[str, Any], problem: str
+) -> None:
+    async def run() -> None:
+        host = host_of()
+        await host.start()
+        with pytest.raises(ReplicaStartError, match=f"^{REASON} user_config: {problem}$"):
+            await host.reconfigure(config)
+        assert engine.limits == []
 
     asyncio.run(run())
 
