@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -30,12 +31,28 @@ TINY = ModelConfig(
 )
 
 
-def make_model(folder: Path, name: str) -> Path:
-    """Random weights of ``name`` ("medium" or "tiny") as an exported model directory; made once."""
-    directory = folder / name
+def make_model(folder: Path, name: str, *, words: bool = False) -> Path:
+    """Random weights of ``name`` ("medium" or "tiny") as an exported model directory; made once.
+
+    Args:
+        words: every token stands for text, as a trained model's do, instead of the first few hundred alone. A server
+            has something to send for each token then: what others' clients measure is right only so.
+    """
+    directory = folder / (f"{name}-words" if words else name)
     if not (directory / "config.json").exists():
         config, k, dtype = {"medium": (MEDIUM, 4, torch.bfloat16), "tiny": (TINY, 2, torch.float32)}[name]
         model = Transformer(config, {"name": "topk", "k": k})
         model.init_weights(0)
-        save_model(directory, model.to(dtype).eval(), Tokenizer.bytes())
+        tokenizer = _words(config.vocab_size or 0) if words else Tokenizer.bytes()
+        save_model(directory, model.to(dtype).eval(), tokenizer)
     return directory
+
+
+def _words(vocab_size: int) -> Tokenizer:
+    """A tokenizer with that many tokens, of words drawn by chance."""
+    rng = random.Random(0)
+    tokenizer = Tokenizer.train_bpe(
+        [" ".join("".join(rng.choices("etaoinshrdlu", k=8)) for _ in range(150_000))], vocab_size
+    )
+    assert tokenizer.vocab_size == vocab_size
+    return tokenizer
