@@ -11,10 +11,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from moe.config import ModelConfig, MoEConfig
 from moe.generate import SamplingParams, generate
-from moe.tokenizer import Tokenizer
-from moe.transformer import Transformer, next_token_loss
+from moe.transformer import Transformer
 from serve.client import (
     ContextLengthError,
     EngineClient,
@@ -33,32 +31,17 @@ from serve.client import (
 from serve.engine.engine import AsyncEngine
 from serve.engine.load import build_engine
 from serve.engine.settings import EngineSettings
+from tests.fox import SENTENCE, TOKENIZER, fox_model
 
 pytestmark = pytest.mark.unit
 
-SENTENCE = "Grüße, 😀 fox! STOP here. "
 CONTEXT = 128
-TOKENIZER = Tokenizer.bytes()
 GREEDY = SamplingOptions(temperature=0.0, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """Sixty steps of training on one sentence: greedy decoding then repeats it, multi-byte characters and all."""
-    torch.set_num_threads(1)
-    moe = MoEConfig(num_experts=4, hidden_dim=32)
-    model = Transformer(
-        ModelConfig(vocab_size=TOKENIZER.vocab_size, dim=32, num_layers=2, num_heads=2, max_seq_len=CONTEXT, moe=moe)
-    )
-    model.init_weights(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids_BT = torch.tensor([TOKENIZER.encode(SENTENCE * 4)[:96]])
-    for _ in range(60):
-        loss, count = next_token_loss(model(ids_BT[:, :-1]).logits_BTV, ids_BT[:, 1:])
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return fox_model(CONTEXT)
 
 
 def build(model: Transformer, settings: EngineSettings | None = None) -> AsyncEngine:

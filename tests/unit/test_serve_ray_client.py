@@ -18,27 +18,15 @@ from serve.client import (
     EngineRequest,
     EngineStats,
     EngineUnavailableError,
-    ModelInfo,
-    SamplingOptions,
-    TokenChunk,
     UnknownModelError,
-    Usage,
 )
 from serve.hosts import ray_client
 from serve.hosts.ray_client import Fleet, RayHandleClient, ReplicaLostError, ReplicatedClient
 from serve.hosts.ray_engine import ADMITTED
 from serve.hosts.ray_merge import ReplicaReport
+from tests.ray_parts import INFO, REQUEST, chunk
 
 pytestmark = pytest.mark.unit
-
-INFO = ModelInfo("fox", 0, 128, 300)
-
-
-def chunk(text: str, index: int = 0, **rest: Any) -> TokenChunk:
-    return TokenChunk(index, text, tuple(map(ord, text)), Usage(1, len(text)), **rest)
-
-
-REQUEST = EngineRequest("q1", "fox", ("a",), SamplingOptions())
 
 
 # The client over handles.

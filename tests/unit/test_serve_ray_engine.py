@@ -22,20 +22,14 @@ from serve.client import (
     PromptEcho,
     SamplingOptions,
     TokenChunk,
-    Usage,
 )
 from serve.engine.admission import QueueLimits
 from serve.hosts import ray_engine
 from serve.hosts.ray_engine import ADMITTED, REASON, EngineHost, ReplicaStartError, batches, joined
 from serve.hosts.ray_options import RayOptions
+from tests.ray_parts import INFO, REQUEST, chunk
 
 pytestmark = pytest.mark.unit
-
-INFO = ModelInfo("fox", 0, 128, 300)
-
-
-def chunk(text: str, index: int = 0, **rest: Any) -> TokenChunk:
-    return TokenChunk(index, text, tuple(map(ord, text)), Usage(1, len(text)), **rest)
 
 
 # Batches.
@@ -168,9 +162,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def host_of(**options: Any) -> EngineHost:
     return EngineHost("fox", Path("/m"), RayOptions(model="/m", **options), replica_id="r1")
-
-
-REQUEST = EngineRequest("q1", "fox", ("a",), SamplingOptions())
 
 
 def test_a_refusal_is_the_first_item_and_a_failure_the_last(engine: FakeEngine) -> None:
