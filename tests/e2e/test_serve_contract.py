@@ -161,6 +161,25 @@ def test_streams_equal_whole_answers_with_usage_and_logprobs(client: openai.Open
         assert raw.decode("utf-8", "replace").startswith((one.message.content or "")[:5])
 
 
+@pytest.mark.parametrize(("path", "ask"), [("completions", {"prompt": "Gr"}), ("chat/completions", {"messages": HI})])
+def test_a_stream_is_events_of_one_answer_with_usage_and_done_last(
+    server: ServerProcess, path: str, ask: dict[str, Any]
+) -> None:
+    body = ask | {"max_tokens": 9, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    answer = server.http("POST", f"/v1/{path}", json=body)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    *events, done, nothing = answer.text.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    values = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert len({(value["id"], value["object"], value["model"]) for value in values}) == 1
+    assert values[-2]["choices"][0]["finish_reason"] == "length"
+    assert values[-1]["choices"] == []
+    assert values[-1]["usage"]["completion_tokens"] == 9
+    assert all(value["usage"] is None for value in values[:-1])
+
+
 def test_sample_i_of_a_seed_is_the_first_of_seed_plus_i(client: openai.OpenAI) -> None:
     def texts(seed: int, n: int, stream: bool = False) -> list[str]:
         options: dict[str, Any] = {"model": "fox", "prompt": "Gr", "temperature": 2, "max_tokens": 30}
