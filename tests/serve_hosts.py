@@ -26,8 +26,9 @@ API_KEY = "sk-good"
 KEY = {"authorization": f"Bearer {API_KEY}"}
 NEEDS_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: make test-ray")
 ON_RAY = (NEEDS_RAY, pytest.mark.slow)
-EMBEDDED, RAY_A, RAY_B = (
+EMBEDDED, GANG, RAY_A, RAY_B = (
     pytest.param("embedded", id="embedded"),
+    pytest.param("gang", id="gang"),
     pytest.param("A", id="ray-A", marks=ON_RAY),
     pytest.param("B", id="ray-B", marks=ON_RAY),
 )
@@ -35,6 +36,8 @@ EMBEDDED, RAY_A, RAY_B = (
 START_S = 180.0
 PROGRAM = """
 import json, sys
+from functools import partial
+from launch.serve_gang import load_gang_engine
 from moe.errors import UserError
 from serve.engine.settings import EngineSettings
 from serve.hosts.embedded import serve_model
@@ -42,8 +45,10 @@ from serve.hosts.ray_local import serve_with_ray
 from serve.http.settings import ServerSettings
 host, path, engine, settings, rest = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 rest |= {"engine": EngineSettings(threads=1, **engine), "settings": ServerSettings(**settings)}
+if host == "gang":
+    rest["load"] = partial(load_gang_engine, world_size=2)
 try:
-    sys.exit(serve_model(path, **rest) if host == "embedded" else serve_with_ray(path, layout=host, **rest))
+    sys.exit(serve_with_ray(path, layout=host, **rest) if host in ("A", "B") else serve_model(path, **rest))
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
@@ -63,7 +68,7 @@ class ServerProcess:
     """A process that serves, and all that it has printed.
 
     Args:
-        host: "embedded", or the layout on Ray: "A" or "B".
+        host: "embedded"; "gang": with its experts on two processes; or the layout on Ray: "A" or "B".
         run: what it serves.
     """
 

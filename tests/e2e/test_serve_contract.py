@@ -1,4 +1,5 @@
-"""What every host promises, over real HTTP to real processes: in one process, and on Ray in both layouts.
+"""What every host promises, over real HTTP to real processes: in one process, with experts on two, and on Ray in both
+layouts.
 
 What only one host does is in test_serve_embedded.py, test_serve_ray.py and test_serve_ray_local.py; the shapes of all
 answers, without a model, in tests/unit/test_serve_http_*.py.
@@ -25,7 +26,7 @@ import pytest
 from moe.checkpoint import load_model
 from moe.generate import SamplingParams, generate
 from tests.fox import TOKENIZER, make_run
-from tests.serve_hosts import EMBEDDED, KEY, RAY_A, RAY_B, HostKeeper, HostOptions, ServerProcess
+from tests.serve_hosts import EMBEDDED, GANG, KEY, RAY_A, RAY_B, HostKeeper, HostOptions, ServerProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -64,7 +65,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "fox-1", context=CONTEXT, template=TEMPLATE)
 
 
-@pytest.fixture(scope="module", params=[EMBEDDED, RAY_A, RAY_B])
+@pytest.fixture(scope="module", params=[EMBEDDED, GANG, RAY_A, RAY_B])
 def host(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[HostKeeper]:
     keeper = HostKeeper(request.param, run_dir, OPTIONS)
     yield keeper
