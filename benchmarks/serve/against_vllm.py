@@ -175,6 +175,7 @@ def main() -> None:
     except RuntimeError as error:
         parser.error(str(error))
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended then, too
     with contextlib.ExitStack() as stack:
         path = args.model or make_model(Path(stack.enter_context(tempfile.TemporaryDirectory())), "medium", words=True)
         preload = [library.name for library in libraries(args.vllm_python)]
