@@ -288,7 +288,7 @@ def test_pain_5_a_full_queue_is_429_that_the_client_can_retry(client: openai.Ope
         began = time.monotonic()
         with pytest.raises(openai.RateLimitError) as full:
             client.completions.create(model="fox", prompt="x", stream=stream)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3  # at once, also where other programs want the processor
         assert int(full.value.response.headers["retry-after"]) >= 1
         assert (full.value.code, full.value.type) == ("queue_full_requests", "rate_limit_error")
     with ThreadPoolExecutor(1) as pool:
@@ -309,7 +309,7 @@ def test_pain_7_closing_the_connection_ends_running_and_waiting_requests(server:
     server.until_metrics(num_requests_running=1, num_requests_waiting=1)
     for connection in reversed(connections):
         connection.close()
-    assert server.until_metrics(**IDLE) < 2
+    assert server.until_metrics(**IDLE) < 3
     assert server.metric("request_success_total", finished_reason="abort") == aborted + 2
 
 
