@@ -15,9 +15,10 @@ environment has, and tcmalloc, where the machine has it (Debian's libtcmalloc-mi
 Both sides run as their users run them, a server in a process of its own, on the same cores with the same number of
 compute threads. Both compute greedily in bf16; prompts are 64 random tokens, the same for both sides and new in every
 round, so that no cache of prompts helps; 64 new tokens each, end-of-text ignored, streamed. All streams begin at once.
-The clock is one client's, from the first request sent to the last byte received. The sides take turns round by round;
-shown are medians with the extremes, and the ratio round by round. The first line tells how many greedy tokens of a
-prompt both sides agree on before the first that differs.
+The clock is one client's, from the first request sent to the last byte received. The sides take turns round by round,
+with a pause between them so that the one before has come to rest; shown are medians with the extremes, and the ratio
+round by round. The second line tells on how many greedy tokens of a prompt both sides agree before the first that
+differs.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ from benchmarks.serve.rounds import ratios, spread, take_turns, write
 from benchmarks.serve.served import Server, complete, serving
 
 PROMPT, NEW, NAME = 64, 64, "m"
+# After its last request vLLM's worker looks for the next one without sleeping, a second long, on one of the cores.
+SETTLE_S = 2.5
 
 
 def peer_version(python: Path) -> str:
@@ -156,6 +159,7 @@ class Side:
 
 
 def measure(runner: asyncio.Runner, side: Side) -> float:
+    time.sleep(SETTLE_S)
     return runner.run(side.rate())
 
 
