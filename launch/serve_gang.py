@@ -32,6 +32,7 @@ from serve.engine.engine import AsyncEngine
 from serve.engine.expert_gang import GangKeeper, RebalancePolicy
 from serve.engine.load import load_engine
 from serve.engine.settings import EngineSettings
+from serve.engine.threads import without_a_team
 
 START_S = 120.0
 """How long workers may take to start, once rank 0 has loaded the model."""
@@ -147,7 +148,8 @@ def load_gang_engine(
         engine = load_engine(model_dir, model_id=model_id, settings=settings)
         gang = _gang(engine, model_dir, settings, store, workers, world_size, extra_experts, timeout_s)
         engine.keeper = GangKeeper(gang, policy)
-        gang.attach(engine.core.runner.model)
+        with without_a_team():
+            gang.attach(engine.core.runner.model)
     except BaseException:
         workers.end(told=False)
         raise

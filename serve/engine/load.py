@@ -25,6 +25,7 @@ from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import BatchLimits
 from serve.engine.settings import EngineSettings
 from serve.engine.structured import StructureCompiler
+from serve.engine.threads import without_a_team
 from serve.engine.weights import WeightsLoader
 
 LOG = logging.getLogger("moeyard.serve.engine")
@@ -81,6 +82,7 @@ def build_engine(
     return AsyncEngine(core, info, checker, weights=weights, limits=limits, threads=settings.threads)
 
 
+@without_a_team()
 def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | None = None) -> AsyncEngine:
     """Loads the model and puts an engine around it, not started yet.
 

@@ -15,6 +15,7 @@ from moe.transformer import Transformer
 from serve.client import InvalidRequestError, ModelInfo
 from serve.engine.model_files import find_model_dir, weights_fingerprint
 from serve.engine.products import Products
+from serve.engine.threads import without_a_team
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class WeightsLoader:
     dtype: torch.dtype
     products: Products
 
+    @without_a_team()
     def load(self, path: str) -> tuple[Transformer, str]:
         """The model at ``path`` and its version.
 
