@@ -69,10 +69,13 @@ class Driver:
         prefix_cache: bool = True,
         native: bool | None = None,
     ) -> None:
+        ops = None
         if native is not None:
             model = copy.deepcopy(model)
-            choose_products(native, model.embed.weight.dtype, "cpu", batch_invariant=batch_invariant).prepare(model)
-        runner = ModelRunner(model, num_blocks, block_size, batch_invariant=batch_invariant)
+            products = choose_products(native, model.embed.weight.dtype, "cpu", batch_invariant=batch_invariant)
+            products.prepare(model)
+            ops = products.ops
+        runner = ModelRunner(model, num_blocks, block_size, batch_invariant=batch_invariant, ops=ops)
         self.tokenizer = tokenizer
         self.core = EngineCore(
             runner,

@@ -3,18 +3,25 @@
     python benchmarks/serve/against_transformers.py --json transformers.json
 
 Both compute greedily in the checkpoint's bf16 with the same number of threads and the same random prompts of 64
-tokens, 64 new tokens each, end-of-text ignored; all streams begin at once. The sides take turns round by round; shown
-are medians with the extremes, and the ratio round by round. Transformers' grouped_mm experts, its fastest on CPU here.
+tokens, 64 new tokens each, end-of-text ignored; all streams begin at once. Each side has a process of its own, because
+OpenMP's teams of one process disturb each other. They take turns round by round; shown are medians with the extremes,
+and the ratio round by round. Transformers' grouped_mm experts, its fastest on CPU here.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +93,63 @@ def continuous_rate(model: Any, count: int) -> float:
     return count * NEW / seconds
 
 
+@contextmanager
+def side(serve: Callable[[Connection, Path, int], None], path: Path, threads: int) -> Iterator[Callable[[int], float]]:
+    """A process that measures when it is asked; calling it with a number of streams gives tokens per second."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, path, threads), daemon=True)
+    process.start()
+    theirs.close()
+
+    def rate(count: int) -> float:
+        ours.send(count)
+        return float(ours.recv())
+
+    try:
+        yield rate
+    finally:
+        ours.close()
+        process.join()
+
+
+def counts(pipe: Connection) -> Iterator[int]:
+    """What the parent asks for, until it hangs up."""
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
+
+
+def serve_moeyard(pipe: Connection, path: Path, threads: int) -> None:
+    engine = load_engine(path, model_id="m", settings=EngineSettings(threads=threads))
+    with asyncio.Runner() as runner:
+        runner.run(engine.start())
+        for count in counts(pipe):
+            pipe.send(runner.run(engine_rate(engine, count)))
+        runner.run(engine.stop())
+
+
+def load_peer(path: Path, threads: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, experts_implementation="grouped_mm").eval()
+
+
+def serve_generate(pipe: Connection, path: Path, threads: int) -> None:
+    model = load_peer(path, threads)
+    for count in counts(pipe):
+        pipe.send(generate_rate(model, count))
+
+
+def serve_continuous(pipe: Connection, path: Path, threads: int) -> None:
+    model = load_peer(path, threads)
+    for count in counts(pipe):
+        pipe.send(continuous_rate(model, count))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result here as one JSON object")
@@ -96,37 +160,25 @@ def main() -> None:
     parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
+    programs = {"moeyard": serve_moeyard, "generate": serve_generate}
+    if args.continuous:
+        programs["continuous"] = serve_continuous
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = args.model or make_model(Path(folder), "medium")
-        torch.set_num_threads(args.threads)
-        peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, experts_implementation="grouped_mm")
-        peer.eval()
-        engine = load_engine(path, model_id="m", settings=EngineSettings(threads=args.threads))
-
-        with asyncio.Runner() as runner:
-            runner.run(engine.start())
-            rows = []
-            print(f"{'streams':>8}{'moeyard tok/s':>26}{'generate':>26}{'ratio':>20}", flush=True)
-            for count in args.streams:
-                sides = {
-                    "moeyard": lambda count=count: runner.run(engine_rate(engine, count)),
-                    "generate": lambda count=count: generate_rate(peer, count),
-                }
-                if args.continuous:
-                    sides["continuous"] = lambda count=count: continuous_rate(peer, count)
-                for side in sides.values():
-                    side()  # once to warm up
-                values = take_turns(sides, args.rounds)
-                ratio = ratios(values["moeyard"], values["generate"])
-                print(
-                    f"{count:>8}{spread(values['moeyard']):>26}{spread(values['generate']):>26}{spread(ratio, 2):>20}"
-                    + (f"   continuous {spread(values['continuous'])}" if args.continuous else ""),
-                    flush=True,
-                )
-                rows.append({"streams": count, **values})
-            runner.run(engine.stop())
+        rates = {name: stack.enter_context(side(serve, path, args.threads)) for name, serve in programs.items()}
+        peers = [name for name in rates if name != "moeyard"]
+        print(f"{'streams':>8}{'moeyard tok/s':>24}" + "".join(f"{peer:>24}{'times as fast':>20}" for peer in peers))
+        rows = []
+        for count in args.streams:
+            turns = {name: partial(rate, count) for name, rate in rates.items()}
+            for turn in turns.values():
+                turn()  # once to warm up
+            values = take_turns(turns, args.rounds)
+            shown = [
+                f"{spread(values[peer]):>24}{spread(ratios(values['moeyard'], values[peer]), 2):>20}" for peer in peers
+            ]
+            print(f"{count:>8}{spread(values['moeyard']):>24}" + "".join(shown), flush=True)
+            rows.append({"streams": count, **values})
         write(args.json, {"threads": args.threads, "rows": rows})
 
 

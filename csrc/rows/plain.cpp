@@ -3,14 +3,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#if defined(__x86_64__)
-#define MOEYARD_AVX2 __attribute__((target("avx2,fma")))
-#define MOEYARD_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#else
-#define MOEYARD_AVX2
-#define MOEYARD_AVX512
-#endif
-
 namespace moeyard {
 namespace {
 

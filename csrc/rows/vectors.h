@@ -10,7 +10,17 @@
 
 #include "kernels.h"
 
-#define MOEYARD_INLINE inline __attribute__((always_inline))
+#define MOEYARD_ALWAYS __attribute__((always_inline))
+#define MOEYARD_INLINE inline MOEYARD_ALWAYS
+
+// The instruction sets of levels that plain vectors are compiled for.
+#if defined(__x86_64__)
+#define MOEYARD_AVX2 __attribute__((target("avx2,fma")))
+#define MOEYARD_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#else
+#define MOEYARD_AVX2
+#define MOEYARD_AVX512
+#endif
 
 namespace moeyard {
 
@@ -74,13 +84,12 @@ MOEYARD_INLINE float sum(const typename Vec<L>::F& v) {
   }
 }
 
-// x / (1 + exp(-x)), good to about two units in the last place. exp(t) = 2^n * exp(r) with |r| <= ln(2) / 2 and a
-// polynomial for exp(r); beyond fp32's range 2^n is infinite, and the quotient zero, as it should be.
+// exp(t), good to about two units in the last place: 2^n * exp(r) with |r| <= ln(2) / 2 and a polynomial for exp(r).
+// Below -87 it is that of -87 (1e-38), above 89 infinite.
 template <int L>
-MOEYARD_INLINE void silu(typename Vec<L>::F& x) {
+MOEYARD_INLINE void exp(typename Vec<L>::F& t) {
   using F = typename Vec<L>::F;
   using I = typename Vec<L>::I;
-  F t = -x;
   t = t > 89.0f ? F{} + 89.0f : t;
   t = t < -87.0f ? F{} - 87.0f : t;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
@@ -96,7 +105,15 @@ MOEYARD_INLINE void silu(typename Vec<L>::F& x) {
   const I bits = (__builtin_convertvector(n, I) + 127) << 23;
   F power;
   copy_bits(power, bits);
-  x = x / (1.0f + p * power);
+  t = p * power;
+}
+
+// x / (1 + exp(-x)); where the exponential is infinite the quotient is zero, as it should be.
+template <int L>
+MOEYARD_INLINE void silu(typename Vec<L>::F& x) {
+  typename Vec<L>::F power = -x;
+  exp<L>(power);
+  x = x / (1.0f + power);
 }
 
 // R weight rows times M rows of x, which are fp32, zero up to a multiple of L, and `x_stride` apart. While a weight is

@@ -12,7 +12,8 @@ name depends on the sources, the compiler's flags, torch and the architecture, n
 Environment: ``MOEYARD_NATIVE=0`` turns the ops off; ``MOEYARD_NATIVE_CACHE`` is where libraries are kept (default
 ``~/.cache/moeyard/native``); ``CXX`` is the compiler.
 
-Shape suffixes: N rows, D width, O outputs, E experts, F hidden width, G = 2 F.
+Shape suffixes: N rows, D width, O outputs, E experts, F hidden width, G = 2 F; of attention as in
+:mod:`moe.ops.paged_attention`, C blocks of a table.
 """
 
 from __future__ import annotations
@@ -103,6 +104,27 @@ class NativeOps:
         """
         y_NO: Tensor = torch.ops.moeyard.linear_rows.default(x_ND, w_OD, _number(level))
         return y_NO
+
+    def attend_singles(
+        self,
+        q_BHd: Tensor,
+        k_PbGd: Tensor,
+        v_PbGd: Tensor,
+        table_BC: Tensor,
+        length_B: Tensor,
+        level: str | None = None,
+    ) -> Tensor:
+        """(B, H, d) single queries of as many sequences -> (B, H, d): softmax attention over a paged cache.
+
+        Sequence b attends to its first ``length_B[b]`` positions, in the blocks ``table_BC[b]`` (int64 both). All is
+        computed in fp32.
+
+        Raises:
+            RuntimeError: shapes, dtypes or devices do not fit together, or a block does not exist; says which.
+        """
+        arguments = (q_BHd, k_PbGd, v_PbGd, table_BC, length_B, _number(level))
+        out_BHd: Tensor = torch.ops.moeyard.attend_singles.default(*arguments)
+        return out_BHd
 
 
 class NativeOpsChoice(NamedTuple):

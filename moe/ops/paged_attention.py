@@ -7,9 +7,11 @@ The new positions of all sequences stand one after another in one row of T token
 The reference reads every query's keys by themselves. The torch form stores new keys and values once, attends new
 positions of a long piece together, and all single queries of similar lengths in one padded call. What it still pays is
 a copy: torch's attention wants contiguous keys, so blocks are gathered first unless they happen to be neighbours.
+Native ops, where there are some, read the blocks where they are, and take single queries of any lengths in one call.
 
 Shape suffixes: T new tokens, B sequences of a group, S positions attended to, H query heads, G key-value heads,
-R = H / G query heads per key-value head, P blocks of the pool, b positions of a block, d head width.
+R = H / G query heads per key-value head, P blocks of the pool, b positions of a block, C blocks of a table, d head
+width.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe.ops.native import NativeOps
 
 # Queries are padded to the longest of their group: a group may pad its shortest by so much, and by this many blocks.
 _PADDING_FACTOR = 1.5
@@ -66,6 +70,17 @@ class _Singles:
 
 
 @dataclass(frozen=True)
+class _NativeSingles:
+    """Rows ``start:stop`` are single queries of as many sequences, of ``length_B`` positions in blocks ``table_BC``."""
+
+    start: int
+    stop: int
+    table_BC: Tensor
+    length_B: Tensor
+    ops: NativeOps
+
+
+@dataclass(frozen=True)
 class _Run:
     """Rows ``start:stop`` are neighbouring positions of one sequence after ``past`` others."""
 
@@ -83,7 +98,7 @@ class PagedPlan:
     pieces: tuple[Piece, ...]
     slot_T: Tensor
     position_T: Tensor
-    singles: tuple[_Singles, ...]
+    singles: tuple[_Singles | _NativeSingles, ...]
     runs: tuple[_Run, ...]
 
 
@@ -94,6 +109,7 @@ def plan_paged_attention(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     alone: bool = False,
+    ops: NativeOps | None = None,
 ) -> PagedPlan:
     """Work out slots, masks and groups once for all layers.
 
@@ -102,21 +118,24 @@ def plan_paged_attention(
         block_size: b.
         dtype: of the queries; masks have it.
         alone: attend for every token by itself, so that no result depends on what is computed beside it.
+        ops: native ops, which attend for single queries; for CPU tensors that they take.
 
     Raises:
         ValueError: a table has too few blocks for its positions.
     """
     slots: list[int] = []
     positions: list[int] = []
-    singles: list[_Singles] = []
+    singles: list[_Singles | _NativeSingles] = []
     runs: list[_Run] = []
     waiting: list[Piece] = []
     row = 0
 
     def close(before: int) -> None:
-        if waiting:
+        if waiting and ops is not None:
+            singles.append(_native_singles(waiting, before - len(waiting), block_size, ops))
+        elif waiting:
             singles.append(_singles(waiting, before - len(waiting), block_size, dtype, device))
-            waiting.clear()
+        waiting.clear()
 
     for piece in pieces:
         length = piece.past + piece.new
@@ -126,10 +145,11 @@ def plan_paged_attention(
         slots.extend(piece.table[p // block_size] * block_size + p % block_size for p in range(piece.past, length))
         if alone:
             for offset in range(piece.new):
-                one = Piece(piece.table, piece.past + offset, 1)
-                singles.append(_singles([one], row + offset, block_size, dtype, device))
+                waiting.append(Piece(piece.table, piece.past + offset, 1))
+                if ops is None:
+                    close(row + offset + 1)
         elif piece.new == 1:
-            if waiting and not _similar(waiting[0], piece, block_size):
+            if waiting and ops is None and not _similar(waiting[0], piece, block_size):
                 close(row)
             waiting.append(piece)
         else:
@@ -163,6 +183,14 @@ def _singles(
         bias_B11S = torch.zeros(len(pieces), 1, 1, longest, dtype=dtype, device=device)
         bias_B11S.masked_fill_(beyond_BS[:, None, None], float("-inf"))
     return _Singles(start, start + len(pieces), blocks, longest, bias_B11S)
+
+
+def _native_singles(pieces: list[Piece], start: int, block_size: int, ops: NativeOps) -> _NativeSingles:
+    tables = [piece.table[: piece.past // block_size + 1] for piece in pieces]
+    columns = max(map(len, tables))
+    table_BC = torch.tensor([[*table, *[0] * (columns - len(table))] for table in tables])  # what is beyond is not read
+    length_B = torch.tensor([piece.past + 1 for piece in pieces])
+    return _NativeSingles(start, start + len(pieces), table_BC, length_B, ops)
 
 
 def _run(piece: Piece, row: int, block_size: int, device: torch.device | str) -> _Run:
@@ -201,6 +229,13 @@ def paged_attention(q_HTd: Tensor, k_PbGd: Tensor, v_PbGd: Tensor, plan: PagedPl
     groups = k_PbGd.shape[2]
     out_THd = torch.empty(q_HTd.shape[1], heads, width, dtype=q_HTd.dtype, device=q_HTd.device)
     for part in plan.singles:
+        if isinstance(part, _NativeSingles):
+            q_BHd = q_HTd[:, part.start : part.stop].transpose(0, 1)
+            out_BHd = part.ops.attend_singles(q_BHd, k_PbGd, v_PbGd, part.table_BC, part.length_B)
+            if len(out_BHd) == len(out_THd):
+                return out_BHd
+            out_THd[part.start : part.stop] = out_BHd
+            continue
         k_BGSd, v_BGSd = part.blocks.read(k_PbGd, part.length), part.blocks.read(v_PbGd, part.length)
         q_BHd = q_HTd[:, part.start : part.stop].transpose(0, 1)
         if q_HTd.dtype == torch.bfloat16:

@@ -10,6 +10,7 @@ import torch
 from gates import Mode
 from moe.checkpoint import load_model
 from moe.config import count_params
+from moe.ops.native import NativeOps
 from moe.tokenizer import IM_END, Tokenizer
 from moe.transformer import Transformer
 from serve.client import ModelInfo
@@ -56,8 +57,9 @@ def build_engine(
     ends: frozenset[int],
     settings: EngineSettings,
     weights: WeightsLoader | None = None,
+    ops: NativeOps | None = None,
 ) -> AsyncEngine:
-    """An engine around a model in memory, not started yet."""
+    """An engine around a model in memory, not started yet. ``ops`` attend, if the model is prepared for them."""
     config = model.config
     num_blocks = choose_num_blocks(
         config,
@@ -66,7 +68,7 @@ def build_engine(
         settings.kv_cache_gib,
         model.embed.weight.element_size(),
     )
-    runner = ModelRunner(model, num_blocks, settings.block_size, batch_invariant=settings.batch_invariant)
+    runner = ModelRunner(model, num_blocks, settings.block_size, batch_invariant=settings.batch_invariant, ops=ops)
     core = EngineCore(
         runner,
         tokenizer,
@@ -126,4 +128,4 @@ def load_engine(model_dir: Path, *, model_id: str, settings: EngineSettings | No
         defaults=files.defaults,
     )
     weights = WeightsLoader(config, loaded.gate.name, tokenizer, settings.device, dtype, products)
-    return build_engine(model, tokenizer, info, end_ids(tokenizer, files.eos_ids), settings, weights)
+    return build_engine(model, tokenizer, info, end_ids(tokenizer, files.eos_ids), settings, weights, products.ops)

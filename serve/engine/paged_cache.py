@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.config import ModelConfig
+from moe.ops.native import NativeOps
 from moe.ops.paged_attention import PagedPlan, Piece, paged_attention, plan_paged_attention, store
 
 GIB = 2**30
@@ -25,6 +26,7 @@ class PagedKV:
         num_blocks: P.
         block_size: b.
         dtype, device: the model's.
+        ops: native ops, which attend for single queries; see :func:`moe.ops.paged_attention.plan_paged_attention`.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class PagedKV:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ops: NativeOps | None = None,
     ) -> None:
+        self._ops = ops
         shape = (config.num_layers, num_blocks, block_size, config.kv_heads, config.width_per_head)
         self.k_LPbGd = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LPbGd = torch.zeros(shape, dtype=dtype, device=device)
@@ -44,8 +48,9 @@ class PagedKV:
 
     def batch(self, pieces: Sequence[Piece], *, alone: bool = False) -> PagedBatch:
         """The view of one forward pass over these pieces; see :func:`moe.ops.paged_attention.plan_paged_attention`."""
+        pool = self.k_LPbGd
         plan = plan_paged_attention(
-            pieces, self.block_size, dtype=self.k_LPbGd.dtype, device=self.k_LPbGd.device, alone=alone
+            pieces, self.block_size, dtype=pool.dtype, device=pool.device, alone=alone, ops=self._ops
         )
         return PagedBatch(self, plan)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gates import Mode, RoutingPlan
 from moe.ops.batch_invariant import BatchInvariant
+from moe.ops.native import NativeOps
 from moe.ops.paged_attention import Piece
 from moe.transformer import ForwardContext, Transformer
 from serve.client import TokenRouting
@@ -51,12 +52,19 @@ class ModelRunner:
         model: in evaluation mode from here on.
         num_blocks, block_size: of the cache.
         batch_invariant: see :mod:`moe.ops.batch_invariant`; a token's scores do not depend on the rest of the pass.
+        ops: native ops, which attend for single queries; see :mod:`serve.engine.products`.
     """
 
     def __init__(
-        self, model: Transformer, num_blocks: int, block_size: int = 16, *, batch_invariant: bool = False
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        batch_invariant: bool = False,
+        ops: NativeOps | None = None,
     ) -> None:
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self._ops = batch_invariant, ops
         self.num_blocks, self.block_size = num_blocks, block_size
         self.use_model(model)
 
@@ -65,7 +73,14 @@ class ModelRunner:
         self.model = model.eval()
         weight = model.embed.weight
         self._device, self.dtype = weight.device, weight.dtype
-        self.kv = PagedKV(model.config, self.num_blocks, self.block_size, dtype=weight.dtype, device=weight.device)
+        self.kv = PagedKV(
+            model.config,
+            self.num_blocks,
+            self.block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            ops=self._ops,
+        )
         banks = [layer.experts for _, layer in model.moe_layers()]
         self._expert_bytes_L = torch.tensor([_bytes_of(bank) // model.config.moe.num_experts for bank in banks])
         # Of an embedding that is not the head, a token reads one row.

@@ -313,7 +313,10 @@ def test_a_failed_build_is_told_once(
         first, second = choose_native_ops(), choose_native_ops()
     assert first == second == (None, "build failed: x.cpp:1: fatal error: no header")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == ["native ops: build failed: x.cpp:1: fatal error: no header; computing with torch"]
+    assert warnings == [
+        f"building native ops with {compiler}: some ten seconds, once",
+        "native ops: build failed: x.cpp:1: fatal error: no header; computing with torch",
+    ]
     assert [path.suffix for path in fresh.iterdir()] == [".lock"]
 
 
