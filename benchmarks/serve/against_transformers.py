@@ -35,6 +35,7 @@ from serve.client import EngineRequest, SamplingOptions
 from serve.engine.engine import AsyncEngine
 from serve.engine.load import load_engine
 from serve.engine.settings import EngineSettings
+from serve.hosts.memory import use_huge_pages
 
 PROMPT, NEW = 64, 64
 
@@ -123,6 +124,7 @@ def counts(pipe: Connection) -> Iterator[int]:
 
 
 def serve_moeyard(pipe: Connection, path: Path, threads: int) -> None:
+    use_huge_pages()  # as `moeyard serve` does
     engine = load_engine(path, model_id="m", settings=EngineSettings(threads=threads))
     with asyncio.Runner() as runner:
         runner.run(engine.start())

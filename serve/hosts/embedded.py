@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.errors import CheckpointError, UserError
+from serve.hosts.memory import use_huge_pages
 
 if TYPE_CHECKING:
     from serve.client import ModelInfo
@@ -83,6 +84,7 @@ def serve_model(
     """
     started_s = time.monotonic()
     require_serve_extra()
+    use_huge_pages()
     from serve.client import EngineDeadError
     from serve.engine.load import load_engine
     from serve.engine.model_files import find_model_dir, model_name

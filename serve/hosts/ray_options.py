@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from moe.errors import UserError
 from serve.engine.settings import EngineSettings
+from serve.hosts.memory import HUGE_PAGES
 from serve.http.settings import ServerSettings
 
 # Requests that a replica takes on top of what its engine runs and queues: those that are to be refused with a proper
@@ -206,7 +207,7 @@ class RayOptions(BaseModel):
 
     def _common(self, requests: int, resources: dict[str, Any]) -> dict[str, Any]:
         threads = str(self.threads)
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **HUGE_PAGES}
         return {
             "max_ongoing_requests": requests,
             # Only while there is no replica to send to, as in an update: beyond that, engines refuse by themselves.
