@@ -52,13 +52,13 @@ MOEYARD_INLINE void score(const Pages& pages, const float* q, int64_t width, flo
     for (int64_t i = 0; i < width; i += L) {
       F key;
       load_part<L>(keys + at, i, width, key);
-      for (int r = 0; r < R; ++r) {
+      unrolled<R>([&](auto r) MOEYARD_ALWAYS {
         F query;
         load<L>(q + r * padded(width) + i, query);
         sums[r] += key * query;
-      }
+      });
     }
-    for (int r = 0; r < R; ++r) scores[r * stride + position] = sum<L>(sums[r]);
+    unrolled<R>([&](auto r) MOEYARD_ALWAYS { scores[r * stride + position] = sum<L>(sums[r]); });
   });
 }
 
@@ -89,21 +89,21 @@ MOEYARD_INLINE void mix(const Pages& pages, const float* scores, int64_t stride,
   const T* values = static_cast<const T*>(pages.values);
   F sums[R][V] = {};
   for_all_positions(pages, pages.value_block, pages.value_position, [&](int64_t position, int64_t at) MOEYARD_ALWAYS {
-    for (int v = 0; v < V; ++v) {
+    unrolled<V>([&](auto v) MOEYARD_ALWAYS {
       F value;
       load_part<L>(values + at, i + v * L, width, value);
-      for (int r = 0; r < R; ++r) sums[r][v] += scores[r * stride + position] * value;
-    }
+      unrolled<R>([&](auto r) MOEYARD_ALWAYS { sums[r][v] += scores[r * stride + position] * value; });
+    });
   });
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
+  unrolled<R>([&](auto r) MOEYARD_ALWAYS {
+    unrolled<V>([&](auto v) MOEYARD_ALWAYS {
       T row[L];
       const F result = sums[r][v] / totals[r];
       store<L>(result, row);
       const int64_t left = std::min<int64_t>(L, width - i - v * L);
       std::memcpy(out + r * out_stride + i + v * L, row, left * sizeof(T));
-    }
-  }
+    });
+  });
 }
 
 template <int L, int R, class T>

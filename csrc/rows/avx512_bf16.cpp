@@ -28,24 +28,32 @@ void pack(const void* x, int64_t stride, int64_t n, int64_t k, void* packed) {
 
 struct Tile {
   static constexpr int kOutputs = 4, kRows = 4;
-  // As dot_tile of vectors.h, with one instruction for the product and the sum of neighbours.
+  // As dot_tile of vectors.h, with one instruction for the product and the sum of neighbours. Loops are told to be
+  // unrolled, or sums would be kept on the stack; intrinsics cannot stand in a lambda for `unrolled` to call.
   template <int R, int M>
   MOEYARD_BF16 static void run(const bf16* w, int64_t stride, int64_t k, const bf16* x, int64_t x_stride, float* tile) {
     __m512 sums[R][M];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
     for (int64_t i = 0; i < k; i += kStep) {
       // Loads take what is left of a row and zeros for the rest.
       const __mmask32 mask = k - i >= kStep ? 0xffffffffu : (1u << (k - i)) - 1;
       __m512i x_part[M];
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) x_part[m] = _mm512_loadu_si512(x + m * x_stride + i);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         _mm_prefetch(reinterpret_cast<const char*>(w + (r + R) * stride + i), _MM_HINT_T0);
         const __m512i w_part = _mm512_maskz_loadu_epi16(mask, w + r * stride + i);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], (__m512bh)w_part, (__m512bh)x_part[m]);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) tile[m * kPair + r] = _mm512_reduce_add_ps(sums[r][m]);
   }
 };

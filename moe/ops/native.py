@@ -48,8 +48,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 # Rows of one matrix up to which the ops were not slower than torch's GEMM held to the same instructions (native_ops.py
 # with ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS and ATEN_CPU_CAPABILITY; 256 was the most that was tried).
 _FEW_ROWS = {
-    torch.bfloat16: {"plain": 4, "avx2": 256, "avx512": 256, "avx512_bf16": 16, "amx": 256},
-    torch.float32: {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx": 16},
+    torch.bfloat16: {"plain": 4, "avx2": 256, "avx512": 256, "avx512_bf16": 64, "amx": 256},
+    torch.float32: {"plain": 4, "avx2": 16, "avx512": 32, "avx512_bf16": 32, "amx": 32},
 }
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
