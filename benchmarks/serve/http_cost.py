@@ -86,7 +86,7 @@ def main() -> None:
     rng = random.Random(0)
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
-        tiny = make_model(Path(folder), "tiny")
+        tiny = make_model(Path(folder), "tiny", words=True)
         starts = []
         for _ in range(3):
             with serving(tiny, "--threads", "1") as server:
@@ -126,7 +126,7 @@ def main() -> None:
             f" {spread([b * 1e3 for _, b in pairs])} ms: {spread(shorter)} times shorter",
             flush=True,
         )
-        medium = make_model(Path(folder), "medium")
+        medium = make_model(Path(folder), "medium", words=True)
         with serving(medium, "--threads", "1") as server, asyncio.Runner() as runner:
             pairs = [runner.run(prefix_seconds(server, rng)) for _ in range(min(3, args.rounds))]
         shorter_medium = ratios([a for a, _ in pairs], [b for _, b in pairs])

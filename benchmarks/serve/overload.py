@@ -71,7 +71,7 @@ def main() -> None:
     rng = random.Random(0)
     shares, rejects_ms, statuses = [], [], set()
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder), "tiny")
+        model = make_model(Path(folder), "tiny", words=True)
         options = ("--threads", "1", "--max-sequences", str(SEQUENCES), "--max-queue", str(QUEUE))
         with serving(model, *options) as server, asyncio.Runner() as runner:
             runner.run(peak(server, 2, rng))

@@ -38,7 +38,7 @@ from serve.client import (
     QueueFullError,
     RequestAbortedError,
 )
-from serve.hosts.ray_client import EngineHandle, Fleet, RayHandleClient, ReplicaLostError, ReplicatedClient
+from serve.hosts.ray_client import EngineHandle, Fleet, RayHandleClient, ReplicaClient, ReplicaLostError
 from serve.hosts.ray_engine import REASON, EngineHost
 from serve.hosts.ray_merge import ReplicaReport
 from serve.hosts.ray_options import RayOptions
@@ -210,13 +210,14 @@ class Server(_EngineReplica):
         await self.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        client: EngineClient = self._host.client
-        if not self._options.fixed_single:
+        options, fleet = self._options, None
+        if not options.fixed_single:
             own = ray_serve.get_deployment_handle(ray_serve.get_replica_context().deployment)
-            wait_s = self._options.admission_timeout_s
+            wait_s = options.admission_timeout_s
             fleet = Fleet(self._model_id, RayEngineHandle(own), admission_timeout_s=wait_s)
-            client = ReplicatedClient(client, fleet)
-        return _http_app(client, self._options)
+        batch_s, batch_tokens = options.batch_ms / 1e3, options.batch_tokens
+        client = ReplicaClient(self._host.client, fleet, batch_s=batch_s, batch_tokens=batch_tokens)
+        return _http_app(client, options)
 
 
 class Engine(_EngineReplica):

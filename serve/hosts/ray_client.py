@@ -31,6 +31,7 @@ from serve.client import (
     TokenStream,
     UnknownModelError,
 )
+from serve.hosts.ray_batches import BatchedStream
 from serve.hosts.ray_engine import ADMITTED
 from serve.hosts.ray_merge import ReplicaReport, best_health, merge_records, merge_stats, worst_health
 
@@ -336,21 +337,29 @@ async def swap_on_all(fleet: Fleet, path: str, running: Literal["drain", "keep"]
     return str(version)
 
 
-class ReplicatedClient:
-    """Layout A with several replicas: this one computes what it is asked, and all are told what concerns all.
+class ReplicaClient:
+    """Layout A: this replica computes what it is asked, and all replicas are told what concerns all.
 
-    Whichever replica Ray sends a request to, counters are those of all, and orders reach all.
+    Whichever replica Ray sends a request to, counters are those of all, and orders reach all. Tokens after the first
+    travel together (:mod:`serve.hosts.ray_batches`), because they go through Ray's proxy.
+
+    Args:
+        engine: this replica's.
+        fleet: all replicas; None where this one is alone.
+        batch_s, batch_tokens: see :class:`serve.hosts.ray_options.RayOptions`.
     """
 
-    def __init__(self, engine: EngineClient, fleet: Fleet) -> None:
-        self._engine = engine
-        self._all = RayHandleClient({fleet.model_id: fleet})
+    def __init__(self, engine: EngineClient, fleet: Fleet | None, *, batch_s: float, batch_tokens: int) -> None:
+        self._engine, self._batch_s, self._batch_tokens = engine, batch_s, batch_tokens
+        self._all: EngineClient = engine if fleet is None else RayHandleClient({fleet.model_id: fleet})
         self.start, self.stop, self.models, self.health = engine.start, engine.stop, engine.models, engine.health
-        self.generate, self.embed = engine.generate, engine.embed
-        self.tokenize, self.detokenize = engine.tokenize, engine.detokenize
+        self.embed, self.tokenize, self.detokenize = engine.embed, engine.tokenize, engine.detokenize
         self.swap_weights, self.reset_prefix_cache = self._all.swap_weights, self._all.reset_prefix_cache
         self.record_experts, self.expert_record = self._all.record_experts, self._all.expert_record
         self.stats = self._all.stats
+
+    async def generate(self, request: EngineRequest) -> TokenStream:
+        return BatchedStream(await self._engine.generate(request), self._batch_s, self._batch_tokens)
 
     async def abort(self, request_id: str) -> bool:
         return await self._engine.abort(request_id) or await self._all.abort(request_id)

@@ -1,4 +1,4 @@
-"""One engine inside a Ray replica: loading, health, updates in place, and tokens that travel in batches."""
+"""One engine inside a Ray replica: loading, health, and updates in place."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from moe.errors import UserError
-from serve.client import EngineClient, EngineError, EngineRequest, TokenChunk, TokenStream
+from serve.client import EngineClient, EngineError, EngineRequest
 from serve.engine.admission import QueueLimits
 from serve.engine.settings import EngineSettings
+from serve.hosts.ray_batches import batches
 from serve.hosts.ray_merge import ReplicaReport
 from serve.hosts.ray_options import RayOptions
 from serve.hosts.ray_user_config import LIMITS, UserConfig
@@ -63,73 +61,6 @@ def load_replica_engine(model_dir: Path, model_id: str, options: RayOptions) -> 
     from serve.engine.load import load_engine  # torch: only where there is an engine
 
     return load_engine(model_dir, model_id=model_id, settings=options.engine_settings())
-
-
-def joined(chunks: list[TokenChunk]) -> list[TokenChunk]:
-    """One chunk for each sequence, in place of all its consecutive ones; the latest, whose usage counts, is last."""
-    groups: dict[int, list[TokenChunk]] = {}
-    for chunk in chunks:
-        groups[chunk.index] = [*groups.pop(chunk.index, []), chunk]
-    return [
-        replace(
-            group[-1],
-            text="".join(chunk.text for chunk in group),
-            token_ids=tuple(chain.from_iterable(chunk.token_ids for chunk in group)),
-            logprobs=tuple(chain.from_iterable(chunk.logprobs for chunk in group)),
-            routing=tuple(chain.from_iterable(chunk.routing for chunk in group)),
-            prompt=group[0].prompt,
-        )
-        if len(group) > 1
-        else group[0]
-        for group in groups.values()
-    ]
-
-
-async def batches(stream: TokenStream, every_s: float, max_tokens: int) -> AsyncGenerator[list[TokenChunk], None]:
-    """The stream's chunks in lists: the first at once, then what came within ``every_s`` or ``max_tokens`` tokens.
-
-    Sending an item to another process costs about as much as a token of a small model, whatever is in it, and the
-    same again for every event that a proxy passes on; so the chunks of a list are joined. What was read before an
-    error is yielded before the error is raised.
-    """
-    pending: list[TokenChunk] = []
-    some, enough = asyncio.Event(), asyncio.Event()
-    tokens = 0
-
-    async def pump() -> None:
-        nonlocal tokens
-        try:
-            async for chunk in stream:
-                pending.append(chunk)
-                tokens += len(chunk.token_ids)
-                some.set()
-                if tokens >= max_tokens:
-                    enough.set()
-        finally:
-            some.set()
-            enough.set()
-
-    reader = asyncio.ensure_future(pump())
-    due = 0.0
-    try:
-        while not reader.done() or pending:
-            await some.wait()
-            wait_s = due - time.monotonic()
-            if wait_s > 0 and not enough.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(enough.wait(), wait_s)
-            batch, pending = pending, []
-            tokens = 0
-            if not reader.done():
-                some.clear()
-                enough.clear()
-            if batch:
-                due = time.monotonic() + every_s
-                yield joined(batch)
-        reader.result()
-    finally:
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
 
 
 class EngineHost:

@@ -53,7 +53,7 @@ class RayOptions(BaseModel):
         max_surge_percent: replicas that an update may start on top, in percent; old ones then serve until new ones
             are ready, which needs the CPUs and memory for both. 0: an update of a single replica is an outage.
         start_attempts: how often Ray tries to start a replica.
-        batch_ms, batch_tokens: in B, tokens after a request's first travel together, for so long or up to so many.
+        batch_ms, batch_tokens: tokens after a request's first travel together, for so long or up to so many.
         admission_timeout_s: in B, how long a request may wait for an engine replica that takes it.
         access_log: one line per request in the replicas' logs.
 

@@ -21,7 +21,7 @@ from serve.client import (
     UnknownModelError,
 )
 from serve.hosts import ray_client
-from serve.hosts.ray_client import Fleet, RayHandleClient, ReplicaLostError, ReplicatedClient
+from serve.hosts.ray_client import Fleet, RayHandleClient, ReplicaClient, ReplicaLostError
 from serve.hosts.ray_engine import ADMITTED
 from serve.hosts.ray_merge import ReplicaReport
 from tests.ray_parts import INFO, REQUEST, chunk
@@ -98,7 +98,7 @@ def client_of(handle: FakeHandle, **options: Any) -> RayHandleClient:
 def test_the_clients_are_engine_clients() -> None:
     fleet = Fleet("fox", FakeHandle(), admission_timeout_s=1)
     assert isinstance(client_of(FakeHandle()), EngineClient)
-    assert isinstance(ReplicatedClient(client_of(FakeHandle()), fleet), EngineClient)
+    assert isinstance(ReplicaClient(client_of(FakeHandle()), fleet, batch_s=0.01, batch_tokens=4), EngineClient)
 
 
 def test_chunks_arrive_in_order_and_errors_before_the_first_of_them() -> None:

@@ -25,7 +25,8 @@ from serve.client import (
 )
 from serve.engine.admission import QueueLimits
 from serve.hosts import ray_engine
-from serve.hosts.ray_engine import ADMITTED, REASON, EngineHost, ReplicaStartError, batches, joined
+from serve.hosts.ray_batches import BatchedStream, batches, joined
+from serve.hosts.ray_engine import ADMITTED, REASON, EngineHost, ReplicaStartError
 from serve.hosts.ray_options import RayOptions
 from tests.ray_parts import INFO, REQUEST, chunk
 
@@ -87,6 +88,24 @@ def test_what_was_read_before_an_error_comes_before_it() -> None:
         assert [(await anext(parts))[0].text, (await anext(parts))[0].text] == ["a", "b"]
         with pytest.raises(EngineDeadError):
             await anext(parts)
+
+    asyncio.run(run())
+
+
+def test_a_stream_in_batches_is_a_stream() -> None:
+    async def run() -> None:
+        whole = Script(chunk("a"), 0.01, *map(chunk, "bcd"))
+        found = [part.text async for part in BatchedStream(whole, 30, 100)]
+        assert found == ["a", "bcd"]
+        failing = BatchedStream(Script(chunk("a"), 0.01, chunk("b"), EngineDeadError("gone")), 30, 100)
+        assert [(await anext(failing)).text, (await anext(failing)).text] == ["a", "b"]
+        with pytest.raises(EngineDeadError):
+            await anext(failing)
+        left = Script(chunk("a"), 30.0, chunk("b"))
+        stream = BatchedStream(left, 0.01, 100)
+        assert (await anext(stream)).text == "a"
+        await asyncio.wait_for(stream.aclose(), 5)  # a reader that leaves waits for nothing, and ends the request
+        assert left.closed
 
     asyncio.run(run())
 
