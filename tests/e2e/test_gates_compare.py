@@ -81,7 +81,7 @@ def test_gates_are_compared_and_more_runs_are_added_later(compare: Compare, tmp_
 
 
 def test_an_interrupt_loses_nothing(corpus: Path, compare: Compare, tmp_path: Path) -> None:
-    more = ("--gates", "comet", "--seeds", "1", "train.steps=24", "checkpoint.interval=15")
+    more = ("--gates", "comet", "--seeds", "1", "train.steps=100", "checkpoint.interval=60")
     command = [sys.executable, "-m", "launch.cli", *arguments(corpus, tmp_path, *more)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
