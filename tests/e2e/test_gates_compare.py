@@ -83,7 +83,15 @@ def test_gates_are_compared_and_more_runs_are_added_later(compare: Compare, tmp_
 def test_an_interrupt_loses_nothing(corpus: Path, compare: Compare, tmp_path: Path) -> None:
     more = ("--gates", "comet", "--seeds", "1", "train.steps=100", "checkpoint.interval=60")
     command = [sys.executable, "-m", "launch.cli", *arguments(corpus, tmp_path, *more)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell is started with the signal ignored, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not _has_logged(tmp_path, "comet", 5):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
