@@ -46,7 +46,8 @@ LEVELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.bfloat16, torch.float32)
 
 # Rows of one matrix up to which the ops were not slower than torch's GEMM held to the same instructions (native_ops.py
-# with ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS and ATEN_CPU_CAPABILITY; 256 was the most that was tried).
+# with ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS and ATEN_CPU_CAPABILITY; 256 was the most that was tried). fp32 could
+# have more on AMD, where MKL is slow: these leave room for Intel.
 _FEW_ROWS = {
     torch.bfloat16: {"plain": 4, "avx2": 256, "avx512": 256, "avx512_bf16": 64, "amx": 256},
     torch.float32: {"plain": 4, "avx2": 16, "avx512": 32, "avx512_bf16": 32, "amx": 32},
@@ -64,7 +65,7 @@ _ENVIRONMENT = ("MOEYARD_NATIVE", "MOEYARD_NATIVE_CACHE", "XDG_CACHE_HOME", "HOM
 class NativeOps:
     """The loaded ops. A row's result is the same bits whatever rows stand beside it, and on any number of threads.
 
-    Both take bf16 or fp32 on the CPU, add up in fp32 and return the dtype of the rows; they have no gradient. ``level``
+    All take bf16 or fp32 on the CPU, add up in fp32 and return the dtype of the rows; they have no gradient. ``level``
     is one of :data:`LEVELS` that this CPU has; None takes the best.
 
     Attributes:
